@@ -1,0 +1,34 @@
+"Every notebook runs from top to bottom: one test a notebook, by nbdev's own runner, each in a process of its own."
+import pathlib
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+NBS = pathlib.Path(__file__).resolve().parents[1] / "nbs"
+JOBS = {"train", "benchmark", "evaluate", "ablate", "compare"}      # papermill jobs: minutes each
+RUN = "import sys; from nbdev.test import test_nb; ok, _ = test_nb(sys.argv[1], skip_flags=['notest'], force_flags=['slow'], basepath=sys.argv[2]); sys.exit(not ok)"
+
+
+def notebooks(): return sorted(p for p in NBS.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in JOBS else []) for p in notebooks()])
+def test_runs(path):
+    done = subprocess.run([sys.executable, "-c", RUN, str(path), str(NBS.parent)], cwd=NBS, capture_output=True, text=True)
+    assert done.returncode == 0, f"{path.name}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in notebooks()])
+def test_as_committed(path):
+    "A notebook is small, carries outputs without errors, no widget state, and no path of a machine."
+    text = path.read_text()
+    assert len(text) < 300_000, f"{path.name} has {len(text)} bytes; keep outputs under 300 KB"
+    nb = nbformat.reads(text, 4)
+    nbformat.validate(nb)
+    code = [c for c in nb.cells if c.cell_type == "code" and c.source.strip()]
+    assert "widgets" not in nb.metadata
+    assert not [o for c in code for o in c.outputs if o.output_type == "error"]
+    assert not code or any(c.outputs for c in code), f"{path.name} is committed without outputs: run it"
+    for place in ("/home/", "/root/", "/tmp/", "/Users/", "/work/"): assert place not in text, f"{path.name} names {place}"
