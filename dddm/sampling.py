@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from PIL import Image
-from torchvision.utils import make_grid
 from .schedule import check_finite
 from .store import seeded_normal
 
@@ -149,6 +148,7 @@ def grid(images: torch.Tensor, columns: int | None = None, scale: int = 1) -> np
 
     columns: images in a row (None: about as many as rows); scale: pixels a side for each pixel. Raises `ValueError` for other shapes or non-finite values.
     """
+    from torchvision.utils import make_grid                        # here, because it takes seconds, and only pictures need it
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"images has shape {tuple(images.shape)}; expected (n, 1 or 3, H, W) with n >= 1")
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
