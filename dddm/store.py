@@ -172,3 +172,8 @@ def load_state_dict(self: EstimateStore, state: dict) -> None:
     if state["header"] != self.header: raise ValueError(f"the state is of the store {state['header']}, this one is {self.header}")
     self.rows.copy_(state["rows"]); self.written.copy_(state["written"])
     self.unwritten = len(self.written) - int(self.written.sum())
+
+@patch
+def clear(self: EstimateStore) -> None:
+    "Back to the start: every row unwritten. A new run on the file that an abandoned one left needs it."
+    self.written.zero_(); self.unwritten = len(self.written)

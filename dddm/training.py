@@ -423,8 +423,8 @@ def save(run: Run) -> None:
 def restore(run: Run) -> bool:
     "Put the newest good checkpoint's state into `run`; False where there is none. Raises `ValueError` when it came from another number of devices."
     checkpoint = newest_checkpoint(run.out)
-    if checkpoint is None: 
-        trim_history(run, 0)
+    if checkpoint is None:
+        run.store.clear(); trim_history(run, 0)                      # a run that was killed before its first checkpoint leaves both
         return False
     state = torch.load(checkpoint / "state.pt", map_location=run.device, weights_only=True)
     if state["world"] != run.world: raise ValueError(f"{checkpoint} is of {state['world']} device(s), this is {run.world}: each owns its rows of the store; resume on as many")

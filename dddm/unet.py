@@ -101,11 +101,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 def count_heads(channels: int, head_channels: int) -> int:
-    "How many heads of `head_channels` (one of fewer channels, where there are not as many). `ValueError` unless they divide and suit a position code."
-    heads = max(1, channels // head_channels)
-    if channels % heads or (channels // heads) % 4:
-        raise ValueError(f"head_channels={head_channels}: {channels} channels do not divide into heads of it (a multiple of 4); choose a head_channels that divides each stage's channels")
-    return heads
+    "How many heads of `head_channels`; one of all `channels` where there are fewer. `ValueError` unless they divide, into a multiple of 4 for the position code."
+    width = min(channels, head_channels)
+    if channels % width or width % 4:
+        raise ValueError(f"head_channels={head_channels}: {channels} channels do not divide into heads of a multiple of 4 channels; choose a head_channels that divides the channels of each stage with attention")
+    return channels // width
 
 # %% ../nbs/05_unet.ipynb #05-unet-029
 class SelfAttention(nn.Module):

@@ -1,0 +1,238 @@
+"What the training notebook cannot show: real processes, kills, damage, a full disk, two devices."
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dddm import training
+from dddm.training import TrainConfig, checkpoints, epoch_batches, history, load, newest_checkpoint, train
+
+TINY = dict(net=dict(base=16, multipliers=(1, 2), blocks=1, attention=(), estimate=(8, 4)), c=0.01, batch=256, epochs=4, log_every=3, checkpoint_every=2, sample_every=0, device="cpu")
+
+
+def write_config(path, **fields):
+    path.write_text(json.dumps(TrainConfig(**{**TINY, **fields}).to_dict()))
+    return path
+
+
+def command(config, out): return [sys.executable, "-m", "dddm.training", str(config), "--out", str(out)]
+
+
+def end_state(run):
+    folder = newest_checkpoint(run)
+    store = torch.load(folder / "store-0.pt", weights_only=True)
+    return load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors"), {k: store[k] for k in ("rows", "written")}, history(run)
+
+
+def assert_same_run(a, b):
+    for left, right in zip(end_state(a)[:3], end_state(b)[:3]):
+        assert left.keys() == right.keys()
+        for key in left: assert torch.equal(left[key], right[key]), key
+    assert end_state(a)[3] == end_state(b)[3]
+
+
+def kill_and_resume(config, out, kills, seed):
+    "Kill the run `kills` times at random instants, each within the time that it takes to start and work a little, then let it finish."
+    rng, done = random.Random(seed), 0
+    start = time.monotonic()
+    while done < kills:
+        process = subprocess.Popen(command(config, out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        # wait until it works (its directory is claimed), then for a random moment: kills fall into steps, logs and checkpoints alike
+        while process.poll() is None and not (out / "config.json").exists(): time.sleep(0.02)
+        deadline = time.monotonic() + 60
+        before = (out / "speed.jsonl").stat().st_size if (out / "speed.jsonl").exists() else 0
+        while process.poll() is None and time.monotonic() < deadline and ((out / "speed.jsonl").stat().st_size if (out / "speed.jsonl").exists() else 0) == before: time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        if process.poll() is not None: break                          # it finished: no more to kill
+        process.kill(); process.wait(); done += 1
+        assert time.monotonic() - start < 850
+    finished = subprocess.run(command(config, out), capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return done
+
+
+def test_killed_run_ends_where_the_unbroken_one_does(tmp_path):
+    config = write_config(tmp_path / "config.json", epochs=6)
+    subprocess.run(command(config, tmp_path / "whole"), check=True, capture_output=True)
+    assert kill_and_resume(config, tmp_path / "broken", kills=3, seed=0) == 3
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path):
+    config = write_config(tmp_path / "config.json", epochs=60)
+    subprocess.run(command(config, tmp_path / "whole"), check=True, capture_output=True)
+    assert kill_and_resume(config, tmp_path / "broken", kills=20, seed=1) == 20
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_sigterm_saves_and_leaves(tmp_path):
+    config = write_config(tmp_path / "config.json", epochs=200, checkpoint_every=10_000, log_every=1)
+    process = subprocess.Popen(command(config, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (tmp_path / "run" / "speed.jsonl").exists(): time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, err[-2000:]
+    saved = checkpoints(tmp_path / "run" / "checkpoints")
+    assert len(saved) == 1 and f"stopped after step {saved[0].name.removeprefix('step-')}" in out
+
+
+def test_two_processes_are_one(tmp_path):
+    "Two gloo ranks: the same global batches, gradients equal to one process's up to rounding, every row written by its owner alone."
+    config = write_config(tmp_path / "config.json", epochs=1, batch=900)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    done = subprocess.run(launch + command(config, tmp_path / "two")[2:], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = newest_checkpoint(tmp_path / "two")
+
+    def joined(n, batch, seed, epoch, world=1): return [[torch.cat(shares)] for shares in epoch_batches(n, batch, seed, epoch, 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "epoch_batches", joined)
+        one = newest_checkpoint(train(TrainConfig(**{**TINY, "epochs": 1, "batch": 900}), tmp_path / "one", progress=False))
+    # Adam's first moment is the gradients of both steps; the weights would compare signs of gradients that are zero but for rounding
+    a, b = (torch.load(c / "state.pt", weights_only=True)["optimizer"]["state"] for c in (one, two))
+    largest = max(v["exp_avg"].abs().max() for v in a.values())
+    assert a.keys() == b.keys() and largest > 0
+    for key in a: assert (a[key]["exp_avg"] - b[key]["exp_avg"]).abs().max() < 1e-4 * largest
+    whole = torch.load(one / "store-0.pt", weights_only=True)
+    shares = [torch.load(two / f"store-{r}.pt", weights_only=True) for r in (0, 1)]
+    assert [len(s["rows"]) for s in shares] == [899, 898] and all(s["written"].all() for s in shares)
+    for r, s in enumerate(shares): torch.testing.assert_close(s["rows"].float(), whole["rows"][r::2].float(), rtol=1e-2, atol=5e-3)
+    for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two")): assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"of 2 device\(s\), this is 1"): train(TrainConfig(**{**TINY, "epochs": 2, "batch": 900}), tmp_path / "two", progress=False)
+
+
+def test_micro_batches_change_nothing_but_rounding(tmp_path):
+    runs = [train(TrainConfig(**{**TINY, "epochs": 1, "batch": 900, "micro_batch": m}), tmp_path / str(m), progress=False) for m in (None, 50)]
+    a, b = (torch.load(newest_checkpoint(r) / "state.pt", weights_only=True)["optimizer"]["state"] for r in runs)
+    largest = max(v["exp_avg"].abs().max() for v in a.values())
+    for key in a: assert (a[key]["exp_avg"] - b[key]["exp_avg"]).abs().max() < 1e-4 * largest
+
+
+@pytest.mark.parametrize("harm", ["flipped byte", "cut short", "missing"])
+def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, harm):
+    whole = train(TrainConfig(**TINY), tmp_path / "whole", progress=False)
+
+    def stop(record):
+        if record["step"] == 9: raise RuntimeError
+    with pytest.raises(RuntimeError): train(TrainConfig(**TINY), tmp_path / "run", callback=stop, progress=False)
+    victim = checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.pt"
+    content = bytearray(victim.read_bytes())
+    if harm == "flipped byte": content[len(content) // 2] ^= 4; victim.write_bytes(content)
+    elif harm == "cut short": victim.write_bytes(content[:1000])
+    else: victim.unlink()
+    with pytest.warns(UserWarning, match="step-8 is damaged: state.pt"): train(TrainConfig(**TINY), tmp_path / "run", progress=False)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_all_checkpoints_damaged(tmp_path):
+    run = train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
+    for folder in checkpoints(run / "checkpoints"): (folder / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="every checkpoint"): load(run)
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
+    "The operating system refuses to let files grow (RLIMIT_FSIZE) after the first checkpoint; the run names that checkpoint, and goes on later."
+    config = write_config(tmp_path / "config.json")
+    code = f"""
+import resource, signal, sys
+from dddm import training
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def limit(record):
+    if record["step"] == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+config = training.TrainConfig.from_dict(__import__("json").load(open({str(config)!r})))
+training.train(config, {str(tmp_path / "run")!r}, callback=limit, progress=False)
+"""
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert failed.returncode != 0 and "could not be written" in failed.stderr and "the last good one is" in failed.stderr, failed.stderr[-2000:]
+    assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-2"]
+    whole = train(TrainConfig(**TINY), tmp_path / "whole", progress=False)
+    train(TrainConfig(**TINY), tmp_path / "run", progress=False)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_no_room_is_seen_before_the_first_step(tmp_path, monkeypatch):
+    usage = type("usage", (), dict(free=1000))
+    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="free some space"): train(TrainConfig(**TINY), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "history.jsonl").exists()
+
+
+def test_loss_that_is_no_number(tmp_path):
+    "A rate that blows the weights up: the run stops, names step, samples and checkpoint, and the checkpoint's weights are finite."
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+ .* for the samples \[\d+, .*step-\d+"):
+        train(TrainConfig(**{**TINY, "lr": 1e19, "checkpoint_every": 1, "epochs": 20}), tmp_path / "run", progress=False)
+    assert all(v.isfinite().all() for v in load_file(checkpoints(tmp_path / "run" / "checkpoints")[0] / "model.safetensors").values())
+
+
+def test_bad_input_before_any_work(tmp_path):
+    def refused(match, error=ValueError, **fields):
+        with pytest.raises(error, match=match): train(TrainConfig(**{**TINY, **fields}), tmp_path / "run", progress=False)
+        assert not (tmp_path / "run").exists()
+    refused("batch=1798 is larger than the data", batch=1798)
+    refused("the images of digits are .*: set shape", shape=(3, 8, 8))
+    refused("classes=4, but digits has the label 9", classes=4)
+    refused("unknown argument width", net=dict(width=3))
+    refused("objective='papers': known objectives: paper", objective="papers")
+    refused("pseudo_huber", distance="pseudo_hubert")
+    net32 = dict(base=16, multipliers=(1, 1), blocks=1, attention=(), estimate=(16,))
+    refused("nowhere", error=FileNotFoundError, data="cifar10", data_path=str(tmp_path / "nowhere"), shape=(3, 32, 32), net=net32)
+    with pytest.raises(ValueError, match="did you mean|the fields are"): TrainConfig.from_dict(dict(epoch=3))
+
+
+def test_directory_of_another_run(tmp_path):
+    (tmp_path / "other").mkdir(); (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"): train(TrainConfig(**TINY), tmp_path / "other", progress=False)
+    run = train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
+    with pytest.raises(ValueError, match="lr: 0.0002 there, 0.1 here"): train(TrainConfig(**{**TINY, "lr": 0.1}), run, progress=False)
+    with pytest.raises(FileExistsError, match="holds a run already"): train(TrainConfig(**TINY), run, resume=False, progress=False)
+    with pytest.raises(FileNotFoundError, match="no run directory"): load(tmp_path / "nothing")
+
+
+def test_flipped_samples_keep_the_store_in_one_orientation(tmp_path, monkeypatch):
+    "A network that answers F = 0 gives x_hat = x_t; at t = 1 that is the image it saw, so the store must hold the image as the data have it."
+    monkeypatch.setattr(training, "draw", lambda c, step, n, device: (torch.ones(n, dtype=torch.long), torch.zeros(n, *c.shape), torch.arange(n) % 2 == 0))
+    config = TrainConfig(**{**TINY, "epochs": 1, "flip": True, "store_dtype": "float32", "T": 1000, "lr": 1e-12})
+    run = train(config, tmp_path / "run", progress=False)
+    rows = torch.load(newest_checkpoint(run) / "store-0.pt", weights_only=True)["rows"]
+    from dddm.data import load as load_images
+    torch.testing.assert_close(rows, load_images("digits").get(torch.arange(1797))[0] * (1 - 1e-4) ** 0.5, rtol=0, atol=1e-4)
+
+
+def test_conditional_and_store_in_a_file(tmp_path):
+    "Labels reach the network, and a store in a file gives the same run as one in memory, also when resumed."
+    fields = {**TINY, "classes": 10, "epochs": 2}
+    memory = train(TrainConfig(**fields), tmp_path / "memory", progress=False)
+
+    def stop(record):
+        if record["step"] == 6: raise RuntimeError
+    on_disk = TrainConfig(**fields, store_path=str(tmp_path / "store.bin"))
+    with pytest.raises(RuntimeError): train(on_disk, tmp_path / "file", callback=stop, progress=False)
+    train(on_disk, tmp_path / "file", progress=False)
+    assert_same_run(memory, tmp_path / "file")
+    with pytest.raises(ValueError, match="label"): load(memory)(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.ones(1, dtype=torch.long))
+
+
+def test_the_callers_random_state_is_left(tmp_path):
+    torch.manual_seed(5); expected = torch.rand(3)
+    torch.manual_seed(5); train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_store_file_that_an_abandoned_run_left_is_not_read(tmp_path):
+    "Killed before the first checkpoint, a run begins again; its store file must not remember the first attempt."
+    fields = {**TINY, "epochs": 1, "checkpoint_every": 100, "store_path": str(tmp_path / "store.bin")}
+
+    def stop(record): raise RuntimeError
+    with pytest.raises(RuntimeError): train(TrainConfig(**fields), tmp_path / "file", callback=stop, progress=False)
+    train(TrainConfig(**fields), tmp_path / "file", progress=False)
+    memory = train(TrainConfig(**{**fields, "store_path": None}), tmp_path / "memory", progress=False)
+    assert_same_run(memory, tmp_path / "file")
