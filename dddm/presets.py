@@ -28,10 +28,10 @@ IMAGENET64 = dict(data="imagenet64", shape=(3, 64, 64), classes=1000, net=ADM_IM
                   epochs=520, batch=1024, lr=1e-4, ema=0.9999, store_dtype="float16", micro_batch=32, log_every=50, checkpoint_every=2500, sample_every=2)
 
 # %% ../nbs/11_presets.ipynb #11-presets-009
-DIGITS = dict(data="digits", shape=(1, 8, 8), net=dict(base=32, multipliers=(1, 2), blocks=1, dropout=0.0, attention=(4,), estimate=(8, 4)), distance="pseudo_huber",
-              c=pseudo_huber_c((1, 8, 8)), epochs=100, batch=128, lr=1e-3, store_dtype="float16", log_every=15, checkpoint_every=300, sample_every=20)
-CIFAR10_SMALL = dict(data="cifar10", shape=(3, 32, 32), net=dict(base=64, multipliers=(1, 2, 2), blocks=1, dropout=0.0, attention=(8,), estimate=(16, 8)),
-                     distance="pseudo_huber", c=pseudo_huber_c((3, 32, 32)), epochs=20, batch=128, lr=5e-4, store_dtype="float16", log_every=10, checkpoint_every=100, sample_every=1)
+DIGITS = dict(data="digits", shape=(1, 8, 8), net=dict(base=32, multipliers=(1, 1), blocks=1, dropout=0.0, attention=(4,), estimate=(8, 4)), distance="pseudo_huber",
+              c=pseudo_huber_c((1, 8, 8)), epochs=60, batch=128, lr=1e-3, store_dtype="float16", log_every=15, checkpoint_every=300, sample_every=20)
+CIFAR10_SMALL = dict(data="cifar10", shape=(3, 32, 32), net=dict(base=32, multipliers=(1, 2, 2), blocks=1, dropout=0.0, attention=(8,), estimate=(16, 8)),
+                     distance="pseudo_huber", c=pseudo_huber_c((3, 32, 32)), epochs=4, batch=128, lr=5e-4, store_dtype="float16", log_every=10, checkpoint_every=100, sample_every=1)
 
 # %% ../nbs/11_presets.ipynb #11-presets-011
 def deeper(fields: dict) -> dict:

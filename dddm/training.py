@@ -481,7 +481,7 @@ def sample_grid(run: Run, steps=(1, 5), n: int = 32) -> Path | None:
     return path
 
 # %% ../nbs/09_training.ipynb #09-training-053
-def seconds_per_image(run: Run, n: int = 16) -> float:
+def seconds_per_image(run: Run, n: int = 32) -> float:
     "Seconds of forward and backward for one image, measured on a copy of the network with a batch of at most n."
     c, n = run.config, min(n, run.config.batch)
     model = copy.deepcopy(run.ema).train().requires_grad_(True)
@@ -503,7 +503,7 @@ def describe(run: Run) -> str:
              f"network     {weights / 4e6:.2f} M parameters; with gradients, Adam's moments and the average {size_text(5 * weights)}",
              f"store       {size_text(run.store.nbytes)} as {c.store_dtype} in {'a file' if c.store_path else 'memory'}; images {size_text(len(run.data) * math.prod(c.shape))}",
              f"checkpoint  {size_text(checkpoint_bytes(run))}, the last two are kept",
-             f"time        about {left * seconds_per_image(run) / 60:.3g} minutes left, from a trial on {min(16, c.batch)} images"]
+             f"time        about {left * seconds_per_image(run) / 60:.3g} minutes left, from a trial on {min(32, c.batch)} images"]
     return "\n".join(lines)
 
 def checkpoint_bytes(run: Run) -> int:
