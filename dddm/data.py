@@ -420,6 +420,7 @@ def load(data, path=None, size: int | None = None, channels: int | None = None, 
         source = open_source(where, size, channels, expected, on_error)
         if known and source.classes not in (None, known["classes"]):
             raise ValueError(f"{where} has {source.classes} classes and {data} has {known['classes']}; for another data set give the path as data=")
+        if labels and source.classes is None: raise ValueError(f"{where} has no classes, and they are asked for: put every image in a directory named after its class")
         name = data if known else re.sub(r"[^A-Za-z0-9_-]+", "-", where.resolve().stem) or "images"
         origin = {"path": str(where.resolve()), "stamp": source.stamp, "expected": expected and list(expected), "size": size, "channels": channels}
         key = hashlib.sha256(json.dumps([origin[k] for k in ("path", "expected", "size", "channels")]).encode()).hexdigest()[:16]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUNKS', 'RANDOM', 'PERCEPTUAL', 'DISTANCES', 'l1', 'l2', 'squared_l2', 'pseudo', 'pseudo_huber_c', 'check_pair',
            'PixelDistance', 'pseudo_huber', 'trunk_file', 'lpips_parts', 'load_trunk', 'freeze', 'unit_channels',
-           'PerceptualDistance', 'root', 'pseudo_lpips', 'distance']
+           'PerceptualDistance', 'root', 'pseudo_lpips', 'refuse_unknown', 'distance']
 
 # %% ../nbs/04_losses.ipynb #04-losses-003
 import copy
@@ -210,7 +210,7 @@ DISTANCES = {  # name: (what builds it, its options)
     "pseudo_lpips": (pseudo_lpips, ("square", *PERCEPTUAL)),
 }
 
-def _refuse_unknown(kind, value, known):
+def refuse_unknown(kind, value, known):
     if value in known: return
     near = difflib.get_close_matches(str(value), known, n=1)
     raise ValueError(f"{kind} {value!r} is unknown{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known) or 'none'}")
@@ -224,9 +224,9 @@ def distance(name: str, c: float = 0.0, **options) -> nn.Module:
     Raises `ValueError` on names, options or c that do not exist, `FileNotFoundError` on missing weights, and, when called, `ValueError` on
     shapes that differ. Values are not examined, since that would stall a GPU at every step: a NaN in x or y comes out as NaN, for training to catch.
     """
-    _refuse_unknown("distance", name, list(DISTANCES))
+    refuse_unknown("distance", name, list(DISTANCES))
     build, known = DISTANCES[name]
-    for option in options: _refuse_unknown(f"option of {name}", option, known)
+    for option in options: refuse_unknown(f"option of {name}", option, known)
     if isinstance(c, bool) or not isinstance(c, numbers.Real) or not (math.isfinite(c) and c >= 0): raise ValueError(f"c={c!r}: expected a finite number >= 0")
     if name.startswith("pseudo_"): return build(c=float(c), **options)
     if c != 0: raise ValueError(f"c={c} is given, but {name} has no c; leave it out, or take pseudo_huber or pseudo_lpips")

@@ -7,20 +7,20 @@ import nbformat
 import pytest
 
 NBS = pathlib.Path(__file__).resolve().parents[1] / "nbs"
-JOBS = {"train", "benchmark", "evaluate", "ablate", "compare"}      # papermill jobs: minutes each
+JOBS = {"train", "benchmark"}                  # papermill jobs, minutes each: tests/test_jobs.py runs them, at a small size
 RUN = "import sys; from nbdev.test import test_nb; ok, _ = test_nb(sys.argv[1], skip_flags=['notest'], force_flags=['slow'], basepath=sys.argv[2]); sys.exit(not ok)"
 
 
-def notebooks(): return sorted(p for p in NBS.glob("*.ipynb"))
+def notebooks(but=()): return [pytest.param(p, id=p.stem) for p in sorted(NBS.glob("*.ipynb")) if p.stem not in but]
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] if p.stem in JOBS else []) for p in notebooks()])
+@pytest.mark.parametrize("path", notebooks(but=JOBS))
 def test_runs(path):
     done = subprocess.run([sys.executable, "-c", RUN, str(path), str(NBS.parent)], cwd=NBS, capture_output=True, text=True)
     assert done.returncode == 0, f"{path.name}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem) for p in notebooks()])
+@pytest.mark.parametrize("path", notebooks())
 def test_as_committed(path):
     "A notebook is small, carries outputs without errors, no widget state, and no path of a machine."
     text = path.read_text()

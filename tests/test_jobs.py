@@ -1,0 +1,75 @@
+"The papermill jobs, as a user starts them: a process, parameters, an output notebook."
+import json
+import subprocess
+import sys
+import zipfile
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+SMALL = "overrides: {epochs: 1, batch: 600, net: {base: 16, attention: [], estimate: [4]}, sample_every: 0, device: cpu}"
+
+
+def papermill(root, notebook, output, parameters):
+    return subprocess.run([sys.executable, "-m", "papermill", root / "nbs" / notebook, output, "-y", "{" + parameters + "}", "--no-progress-bar"], cwd=root, capture_output=True, text=True)
+
+
+def printed(path):
+    "All that the notebook at `path` printed."
+    return "\n".join(o.text for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
+
+
+def test_train_trains_samples_and_measures(root, tmp_path):
+    "The whole story at a size of seconds: configuration, curve, samples and numbers at 1, 2, 5, 20, 100 steps; a second start resumes."
+    done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", f"out: {tmp_path / 'run'}, {SMALL}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [r["steps"] for r in results["rows"]] == [1, 2, 5, 20, 100] and results["steps"] == 3
+    assert all(np.isfinite(r["energy_distance"]) and r["energy_distance"] > results["floor"] for r in results["rows"])
+    assert "starts at step 0 of 3" in printed(tmp_path / "out.ipynb")
+    longer = papermill(root, "train.ipynb", tmp_path / "again.ipynb", f"out: {tmp_path / 'run'}, {SMALL.replace('epochs: 1', 'epochs: 2')}")
+    assert longer.returncode == 0, longer.stderr[-3000:]
+    assert "resumes at step 3 of 6" in printed(tmp_path / "again.ipynb")
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ("presset: digits", "unknown parameter presset; the parameters are preset"),
+    ("preset: digit", "did you mean 'digits'"),
+    ("overrides: {epoch: 3}", "did you mean 'epochs'"),
+    ("preset: cifar10-small, data: nowhere.zip", "nowhere.zip"),
+])
+def test_train_refuses_before_any_work(root, tmp_path, parameters, message):
+    done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", f"out: {tmp_path / 'run'}, {parameters}")
+    assert done.returncode == 1 and message in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_train_on_two_processes_and_a_zip_of_class_folders(root, tmp_path):
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as z:
+        for i in range(40):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "one.png")
+            z.write(tmp_path / "one.png", f"train/{'ab'[i % 2]}/{i:03d}.png")
+    parameters = (f"out: {tmp_path / 'run'}, devices: 2, preset: digits, "
+                  f"overrides: {{data: {tmp_path / 'pictures.zip'}, shape: [3, 16, 16], classes: 2, batch: 20, epochs: 2, device: cpu, net: {{base: 16, attention: [], estimate: [8]}}}}")
+    done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", parameters)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 4
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*/store-1.pt"))) == 1
+
+
+@pytest.mark.slow
+def test_train_on_the_cifar10_copy(root, tmp_path, cifar10_copy):
+    parameters = f"out: {tmp_path / 'run'}, preset: cifar10-small, data: {cifar10_copy / 'cifar10-jpeg-test.zip'}, overrides: {{epochs: 1, batch: 2500, micro_batch: 250, net: {{base: 16, estimate: [8]}}, sample_every: 0}}"
+    done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", parameters)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 4
+
+
+@pytest.mark.slow
+def test_benchmark(root, tmp_path):
+    done = papermill(root, "benchmark.ipynb", tmp_path / "out.ipynb", f"out: {tmp_path / 'benchmark.json'}, rounds: 1, big: false")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"machine", "loop digits", "sampling", "GFLOP an image"} <= json.loads((tmp_path / "benchmark.json").read_text()).keys()
