@@ -8,6 +8,7 @@ __all__ = ['log_joint', 'responsibility_over_variance', 'mixture_score', 'mixtur
 
 # %% ../nbs/01_pfode.ipynb #01-pfode-003
 import math
+import numbers
 import torch
 from scipy.integrate import solve_ivp
 from .schedule import VPSchedule, check_finite
@@ -78,7 +79,7 @@ def end_point(x, a, b, means, stds, weights, tol):
 # %% ../nbs/01_pfode.ipynb #01-pfode-031
 def check_mixture(means, stds, weights):
     "The three as float64 CPU tensors [K, D], [K], [K], the weights' rounding removed; `ValueError` naming the argument at fault."
-    means, stds, weights = (torch.as_tensor(v).detach().cpu().double() for v in (means, stds, weights))
+    means, stds, weights = ((v if torch.is_tensor(v) else torch.as_tensor(v, dtype=torch.float64)).detach().cpu().double() for v in (means, stds, weights))
     if means.ndim != 2 or 0 in means.shape:
         raise ValueError(f"means has shape {tuple(means.shape)}; expected [K, D], one row for each component, K >= 1 and D >= 1")
     for name, v in (("means", means), ("stds", stds), ("weights", weights)):
@@ -102,7 +103,7 @@ class GaussianMixture:
 
     def sample(self, n: int, generator=None) -> torch.Tensor:
         "`n` >= 1 draws from p_data, float64 [n, D], on the CPU."
-        if n < 1: raise ValueError(f"n={n}: the number of draws must be >= 1")
+        if not isinstance(n, numbers.Integral) or n < 1: raise ValueError(f"n={n!r}: the number of draws must be an integer >= 1")
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.means.shape[1], dtype=torch.float64, generator=generator)
         return self.means[k] + self.stds[k, None] * noise
@@ -120,7 +121,10 @@ class GaussianMixture:
         return self._at(x, t, schedule, mixture_posterior_mean)
 
     def flow(self, x_t, t, schedule: VPSchedule, tol: float = 1e-10) -> torch.Tensor:
-        "The exact $f$ of (2): the PF-ODE's end point at time 0, [B, D]; no gradient. `tol` in 1e-13..1e-3: the solver's local error (K > 1)."
+        """The exact $f$ of (2): the PF-ODE's end point at time 0, [B, D]; no gradient. `tol` in 1e-13..1e-3: the solver's local error (K > 1).
+
+        On the border between two basins f can be steep by many orders of magnitude, and the solver's error grows with the slope.
+        """
         if not 1e-13 <= tol <= 1e-3: raise ValueError(f"tol={tol}: the solver's tolerance must lie in 1e-13..1e-3")
         return self._at(x_t.detach(), t, schedule, lambda *at: end_point(*at, tol=tol))
 
@@ -132,6 +136,7 @@ def evaluate_at(x, t, schedule, function, means, stds, weights):
     "`function(x, a, b, means, stds, weights)` with a, b the signal and noise at t, after checking x [B, D] and t; on x's device."
     D = means.shape[1]
     if x.ndim != 2 or x.shape[1] != D: raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, {D}], one point of the mixture's dimension a row")
+    if not x.is_floating_point(): raise ValueError(f"x has dtype {x.dtype}; it must be floating point")
     check_finite("x", x)
     ab = schedule.alphas_bar[schedule.check_t(t, len(x)).cpu()]
     result = function(x.cpu().double(), ab.sqrt(), (1 - ab).sqrt(), means, stds, weights)

@@ -7,6 +7,7 @@ __all__ = ['linear_betas', 'check_finite', 'VPSchedule']
 
 # %% ../nbs/00_schedule.ipynb #00-schedule-003
 import math
+import numbers
 import torch
 
 # %% ../nbs/00_schedule.ipynb #00-schedule-006
@@ -16,6 +17,8 @@ def linear_betas(T: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -
     beta_min, beta_max: noise rates per unit of continuous time t/T. Returns float64 [T+1] with `betas[0] = 0`;
     a single step (T = 1) has the rate beta_max. Raises `ValueError` unless T >= 1 and 0 <= beta_min <= beta_max < T.
     """
+    for name, v in (("T", T), ("beta_min", beta_min), ("beta_max", beta_max)):
+        if not isinstance(v, numbers.Real): raise ValueError(f"{name}={v!r}: it must be a number")
     if not math.isfinite(T) or int(T) != T or T < 1: raise ValueError(f"T={T}: the number of steps must be an integer >= 1")
     if not (math.isfinite(beta_min) and math.isfinite(beta_max) and 0 <= beta_min <= beta_max):
         raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: need 0 <= beta_min <= beta_max, both finite")
@@ -62,11 +65,12 @@ class VPSchedule:
     def diffuse(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         r"""$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$, a draw from $q(x_t \mid x_0)$ (paper 2.1).
 
-        x0, noise: floats [B, …] of equal shape; t long [B] in 0..T (or one integer). Returns x_t, shaped and typed like x0.
-        Raises `ValueError` on mismatched shapes, integer images, t out of range, or non-finite values.
+        x0, noise: floats [B, …] of equal shape and type; t long [B] in 0..T (or one integer). Returns x_t, shaped and typed like x0.
+        Raises `ValueError` on mismatched shapes or types, integers, t out of range, or non-finite values.
         """
         if x0.shape != noise.shape or x0.ndim == 0: raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}; both must be [B, …] and equal")
         if not x0.is_floating_point(): raise ValueError(f"x0 has dtype {x0.dtype}; it must be floating point (images in [-1, 1])")
+        if noise.dtype != x0.dtype: raise ValueError(f"noise has dtype {noise.dtype}, x0 {x0.dtype}; both must be the same, so that x_t is too")
         check_finite("x0", x0); check_finite("noise", noise)
         a, b = self.signal_noise(t, x0)
         return a * x0 + b * noise

@@ -129,11 +129,23 @@ def test_bad_mixtures_are_refused(arguments, message):
 
 @pytest.mark.parametrize("name", ["log_prob", "score", "posterior_mean", "flow"])
 @pytest.mark.parametrize("x,t,message", [
-    (torch.zeros(3), 1, "x has shape"), (torch.zeros(3, 5), 1, "x has shape"), (torch.full((3, 2), math.nan), 1, "x"),
+    (torch.zeros(3, 2, dtype=torch.long), 1, "x has dtype"), (torch.zeros(3), 1, "x has shape"), (torch.zeros(3, 5), 1, "x has shape"), (torch.full((3, 2), math.nan), 1, "x"),
     (torch.zeros(3, 2), 1001, "t "), (torch.zeros(3, 2), -1, "t "), (torch.zeros(3, 2), torch.tensor([1, 2]), "t "), (torch.zeros(3, 2), torch.rand(3), "t "),
 ])
 def test_bad_points_and_times_are_refused(name, x, t, message):
     with pytest.raises(ValueError, match=message): getattr(mixture(3, 2, 0.2), name)(x, t, VPSchedule(1000))
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, "3", None])
+def test_bad_counts_are_refused(n):
+    with pytest.raises(ValueError, match="n="): mixture(3, 2, 0.2).sample(n)
+
+
+def test_plain_numbers_keep_their_float64_precision():
+    for values in (([[0.1]], [0.1], [1.0]), (np.array([[0.1]]), np.array([0.1]), np.array([1.0]))):
+        gm = GaussianMixture(*values)
+        assert gm.means.item() == gm.stds.item() == 0.1
+    assert mixture(3, 2, 0.2).sample(np.int64(2)).shape == (2, 2)
 
 
 @pytest.mark.parametrize("tol", [0.0, -1.0, 1e-14, 0.1, math.nan])

@@ -87,7 +87,7 @@ def test_other_devices_agree_with_the_cpu(device):
 
 
 @pytest.mark.parametrize("arguments, name", [
-    (dict(T=0), "T=0"), (dict(T=-3), "T=-3"), (dict(T=1.5), "T=1.5"), (dict(T=float("nan")), "T=nan"), (dict(T=float("inf")), "T=inf"),
+    (dict(T="5"), "T='5'"), (dict(beta_min=None), "beta_min=None"), (dict(T=0), "T=0"), (dict(T=-3), "T=-3"), (dict(T=1.5), "T=1.5"), (dict(T=float("nan")), "T=nan"), (dict(T=float("inf")), "T=inf"),
     (dict(beta_min=-0.1), "beta_min=-0.1"), (dict(beta_min=21), "beta_min=21"), (dict(beta_min=float("nan")), "beta_min=nan"),
     (dict(beta_max=float("inf")), "beta_max=inf"), (dict(T=20), "beta_max=20"), (dict(T=1, beta_max=1.0), "beta_max=1.0")])
 def test_bad_schedules_are_refused(arguments, name):
@@ -117,3 +117,5 @@ def test_bad_images_are_refused():
         check_finite("x_t", torch.ones(0, 3, dtype=dtype)); check_finite("x_t", torch.full((3,), torch.finfo(dtype).max, dtype=dtype))
     with pytest.raises(ValueError, match="noise"): schedule.diffuse(x, t, x[:, :1])
     with pytest.raises(ValueError, match="dtype"): schedule.diffuse(x.long(), t, x)
+    for noise in (x.double(), x.bfloat16(), x.long()):
+        with pytest.raises(ValueError, match="noise has dtype .* x0 torch.float32"): schedule.diffuse(x, t, noise)
