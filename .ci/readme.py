@@ -1,34 +1,44 @@
 #!/usr/bin/env python3
 """Write README.md from nbs/index.ipynb, or with --check say whether README.md is what it gives.
 
-Cells that begin with `#| hide` are left out; of a code cell only its outputs are kept. Links to the other notebooks
-become links into nbs/. (nbdev-readme does the same with Quarto; this needs nothing but nbconvert.)
+Links to the other notebooks become links into nbs/. A picture images/NAME.png is the figure of the cell that is tagged
+`readme-NAME` in some notebook, so that README shows what the notebooks show. (nbdev-readme does the first part with
+Quarto; this needs nothing but nbconvert.)
 """
+import base64
 import pathlib
 import re
 import sys
 
 import nbformat
 from nbconvert import MarkdownExporter
-from traitlets.config import Config
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTE = "<!-- Written from nbs/index.ipynb by .ci/readme.py: edit the notebook, not this file. -->\n\n"
 
 
-def readme() -> str:
-    nb = nbformat.read(ROOT / "nbs" / "index.ipynb", 4)
-    exporter = MarkdownExporter(config=Config({
-        "MarkdownExporter": {"preprocessors": ["nbconvert.preprocessors.RegexRemovePreprocessor"], "exclude_input": True, "exclude_input_prompt": True},
-        "RegexRemovePreprocessor": {"patterns": [r"\A#\|\s*hide"]}}))
-    text, resources = exporter.from_notebook_node(nb)
-    if resources.get("outputs"): raise SystemExit("index.ipynb makes pictures in a cell; save them under nbs/images and link them, so that README.md can show them")
+def figure(name: str) -> bytes:
+    "The picture that the cell tagged readme-NAME shows, as PNG."
+    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+        for cell in nbformat.read(path, 4).cells:
+            if f"readme-{name}" in cell.metadata.get("tags", []):
+                found = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
+                if found: return base64.b64decode(found[0])
+    raise SystemExit(f"index.ipynb shows images/{name}.png, but no cell tagged readme-{name} has a figure")
+
+
+def made() -> dict[pathlib.Path, bytes]:
+    "What README.md and its pictures should be."
+    text, _ = MarkdownExporter().from_notebook_node(nbformat.read(ROOT / "nbs" / "index.ipynb", 4))
+    pictures = {ROOT / "nbs" / "images" / f"{name}.png": figure(name) for name in re.findall(r"\]\(images/([\w-]+)\.png\)", text)}
     text = re.sub(r"\]\((?!https?:|#|/|\.\.)([^)]+)\)", r"](nbs/\1)", text).replace("](../", "](")
-    return NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return {ROOT / "README.md": (NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").encode(), **pictures}
 
 
 if __name__ == "__main__":
-    path, text = ROOT / "README.md", readme()
-    if "--check" in sys.argv:
-        if not path.exists() or path.read_text() != text: raise SystemExit("README.md is not what nbs/index.ipynb gives: run `python .ci/readme.py`")
-    else: path.write_text(text)
+    for path, content in made().items():
+        if "--check" not in sys.argv:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+        elif not path.exists() or path.read_bytes() != content:
+            raise SystemExit(f"{path.relative_to(ROOT)} is not what the notebooks give: run `python .ci/readme.py`")
