@@ -174,7 +174,7 @@ config = training.TrainConfig.from_dict(__import__("json").load(open({str(config
 training.train(config, {str(tmp_path / "run")!r}, callback=limit, progress=False)
 """
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert failed.returncode != 0 and "could not be written" in failed.stderr and "the last good one is" in failed.stderr, failed.stderr[-2000:]
+    assert failed.returncode != 0 and "could not be written" in failed.stderr and "the last good checkpoint is" in failed.stderr and "free more and run again" in failed.stderr, failed.stderr[-2000:]
     assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-2"]
     whole = train(TrainConfig(**TINY), tmp_path / "whole", progress=False)
     train(TrainConfig(**TINY), tmp_path / "run", progress=False)
