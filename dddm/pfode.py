@@ -137,7 +137,7 @@ def evaluate_at(x, t, schedule, function, means, stds, weights):
     D = means.shape[1]
     if x.ndim != 2 or x.shape[1] != D: raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, {D}], one point of the mixture's dimension a row")
     if not x.is_floating_point(): raise ValueError(f"x has dtype {x.dtype}; it must be floating point")
-    check_finite("x", x)
-    ab = schedule.alphas_bar[schedule.check_t(t, len(x)).cpu()]
+    check_finite("x", x.cpu())
+    ab = schedule.alphas_bar[schedule.check_t(torch.as_tensor(t).cpu(), len(x)).cpu()]
     result = function(x.cpu().double(), ab.sqrt(), (1 - ab).sqrt(), means, stds, weights)
     return result.to(x.device, torch.float32 if x.device.type == "mps" else torch.float64)
