@@ -274,7 +274,10 @@ def test_a_kill_while_the_cache_is_written(tmp_path, cache):
     for i in range(3000): (root / f"{i:05}.png").write_bytes(some[i % 20])
     writer = subprocess.Popen([sys.executable, "-c", LOADER, str(root), "64"])
     deadline = time.time() + 60
-    while not any(p.stat().st_size > 10**6 for p in cache.glob("*.part")) and time.time() < deadline and writer.poll() is None: time.sleep(0.005)
+    def growing():
+        try: return any(p.stat().st_size > 10**6 for p in cache.glob("*.part"))
+        except FileNotFoundError: return False                       # renamed between the listing and the look
+    while not growing() and time.time() < deadline and writer.poll() is None: time.sleep(0.002)
     writer.send_signal(signal.SIGKILL); writer.wait()
     assert list(cache.glob("*.part")) and not list(cache.glob("*.json"))
     images = load(root, size=64)
