@@ -420,7 +420,7 @@ def load(data, path=None, size: int | None = None, channels: int | None = None, 
         source = open_source(where, size, channels, expected, on_error)
         if known and source.classes not in (None, known["classes"]):
             raise ValueError(f"{where} has {source.classes} classes and {data} has {known['classes']}; for another data set give the path as data=")
-        if labels and source.classes is None: raise ValueError(f"{where} has no classes, and they are asked for: put every image in a directory named after its class")
+        if labels and source.classes is None: raise ValueError(f"labels=True, but {where} has no classes: put every image in a directory named after its class")
         name = data if known else re.sub(r"[^A-Za-z0-9_-]+", "-", where.resolve().stem) or "images"
         origin = {"path": str(where.resolve()), "stamp": source.stamp, "expected": expected and list(expected), "size": size, "channels": channels}
         key = hashlib.sha256(json.dumps([origin[k] for k in ("path", "expected", "size", "channels")]).encode()).hexdigest()[:16]
@@ -429,5 +429,4 @@ def load(data, path=None, size: int | None = None, channels: int | None = None, 
                         meta["classes"], meta["class_names"], [tuple(s) for s in meta["skipped"]])
         if images.skipped and on_error == "stop": raise ValueError(f"{where}: {images.skipped[0][0]} {images.skipped[0][1]}. Repair or remove it, or pass on_error='skip'")
         if images.skipped: warnings.warn(f"{len(images.skipped)} of {source.count} images of {where} were skipped, the first: {' '.join(images.skipped[0])}")
-    if labels and images.labels is None: raise ValueError(f"labels=True, but {data} has no classes: put every image in a directory named after its class")
     return images if labels is not False else replace(images, labels=None, classes=None, class_names=None)
