@@ -337,7 +337,8 @@ class Run:
     """
     def __init__(self, config: TrainConfig, out, resume: bool = True):
         self.config, self.out, self.accelerator = config, Path(out), start_accelerator(config)
-        self.rank, self.world, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        self.rank, self.world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
+        self.device = torch.device("cpu") if device.type == "cpu" else device        # Accelerate numbers CPUs (cpu:0), torch.load knows no number
         self.main = self.accelerator.is_main_process
         self.bare = build(config)
         with self.accelerator.local_main_process_first():        # one rank fetches and decodes, the others find it done
