@@ -56,6 +56,7 @@ CHOICES = dict(objective=("paper",), on_error=("stop", "skip"), precision=("auto
 NET_FIELDS = tuple(k for k in inspect.signature(UNet).parameters if k not in ("shape", "classes"))
 RESUMABLE = ("epochs", "device", "log_every", "checkpoint_every", "sample_every", "data_path", "download", "on_error")   # may differ when a run goes on
 
+# %% ../nbs/09_training.ipynb #09-training-005b
 @dataclass
 class TrainConfig:
     r"""What one run of algorithm 1 is. Fields, with the paper's symbols:
