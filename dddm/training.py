@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'NET_FIELDS', 'RESUMABLE', 'TrainConfig', 'has_type', 'check_config', 'step_seed', 'generator',
-           'epoch_batches', 'draw', 'paper', 'build', 'ema_decay', 'fsync', 'sha256', 'seal_checkpoint', 'checkpoints',
-           'damage', 'newest_checkpoint', 'load', 'claim_directory', 'locked', 'check_data', 'check_disk',
-           'start_accelerator', 'load_images', 'place_images', 'open_store', 'Run', 'accumulate', 'last_good',
-           'not_finite', 'step', 'save', 'restore', 'trim_history', 'log', 'memory_in_use', 'history', 'sample_grid',
-           'seconds_per_image', 'describe', 'checkpoint_bytes', 'size_text', 'stop_signals', 'any_rank', 'train',
-           'leave', 'main']
+           'epoch_batches', 'draw', 'draw_estimate', 'build', 'ema_decay', 'fsync', 'sha256', 'seal_checkpoint',
+           'checkpoints', 'damage', 'newest_checkpoint', 'load', 'claim_directory', 'locked', 'check_data',
+           'check_disk', 'start_accelerator', 'load_images', 'open_distance', 'place_images', 'open_store', 'Run',
+           'accumulate', 'last_good', 'not_finite', 'step', 'save', 'restore', 'trim_history', 'log', 'memory_in_use',
+           'history', 'sample_grid', 'seconds_per_image', 'describe', 'checkpoint_bytes', 'size_text', 'stop_signals',
+           'any_rank', 'train', 'leave', 'main']
 
 # %% ../nbs/09_training.ipynb #09-training-002
 import argparse
@@ -43,27 +43,30 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from . import data as images
+from .features import trunk
 from .losses import distance, refuse_unknown
 from .model import DDDM
+from .objectives import OBJECTIVES, Part, assemble, estimate_of, needs_store
 from .sampling import at_steps, save_grid
 from .schedule import VPSchedule
 from .store import EstimateStore
 from .unet import UNet
 
 # %% ../nbs/09_training.ipynb #09-training-005
-CHOICES = dict(objective=("paper",), on_error=("stop", "skip"), precision=("auto", "float32", "bfloat16"), device=("auto", "cpu"),
+CHOICES = dict(objective=tuple(OBJECTIVES), on_error=("stop", "skip"), precision=("auto", "float32", "bfloat16"), device=("auto", "cpu"),
                store_dtype=("float32", "float16", "bfloat16", "uint8"))
 NET_FIELDS = tuple(k for k in inspect.signature(UNet).parameters if k not in ("shape", "classes"))
 RESUMABLE = ("epochs", "device", "log_every", "checkpoint_every", "sample_every", "data_path", "download", "on_error")   # may differ when a run goes on
 
-# %% ../nbs/09_training.ipynb #09-training-005b
+# %% ../nbs/09_training.ipynb #09-training-007
 @dataclass
 class TrainConfig:
     r"""What one run of algorithm 1 is. Fields, with the paper's symbols:
 
     data, data_path: what `dddm.data.load` takes; download: allow it to fetch CIFAR-10; on_error: "stop" at a bad image, or "skip" it; resize: scale, crop and recolour other images to shape (else they stop the run); shape: (C, H, W); classes: number of labels, None = unconditional.
     net: arguments of `dddm.unet.UNet` beyond shape and classes. T, beta_min, beta_max: the schedule.
-    objective: "paper" is equation (5). distance, c, distance_options: $d$, as `dddm.losses.distance` takes them.
+    objective: what a step computes, "paper" is equation (5); estimate: what fills the estimate in training, None is the objective's own (see
+    `dddm.objectives`); levels: fewest and most noise levels of the consistency objectives. distance, c, distance_options: $d$, as `dddm.losses.distance` takes them.
     epochs, batch: passes over the data; samples in a step, over all devices together. lr: Adam's constant rate.
     ema: decay of the weights' average; ema_warmup: use min(ema, (1+step)/(10+step)), so that a short run is not all start.
     flip: mirror images at random. store_dtype, store_path: the estimate store's number format; a file to hold it, or None for memory.
@@ -84,6 +87,8 @@ class TrainConfig:
     beta_min: float = 0.1
     beta_max: float = 20.0
     objective: str = "paper"
+    estimate: str | None = None
+    levels: tuple = (10, 80)
     distance: str = "pseudo_huber"
     c: float = 0.0
     distance_options: dict = field(default_factory=dict)
@@ -105,7 +110,8 @@ class TrainConfig:
     sample_every: int = 1000
 
     def __post_init__(self):
-        if isinstance(self.shape, list): self.shape = tuple(self.shape)           # JSON and YAML have lists
+        for name in ("shape", "levels"):                                           # JSON and YAML have lists
+            if isinstance(getattr(self, name), list): setattr(self, name, tuple(getattr(self, name)))
         if isinstance(self.net, dict): self.net = {k: tuple(v) if isinstance(v, list) else v for k, v in self.net.items()}
         check_config(self)
 
@@ -118,7 +124,7 @@ class TrainConfig:
         for name in fields: refuse_unknown("field", name, known)
         return cls(**fields)
 
-# %% ../nbs/09_training.ipynb #09-training-007
+# %% ../nbs/09_training.ipynb #09-training-009
 def has_type(value, annotation) -> bool:
     "Whether a field's value is of its annotated type; an int will do for a float, a bool for neither."
     kinds = typing.get_args(annotation) or (annotation,)
@@ -138,10 +144,12 @@ def check_config(config: TrainConfig) -> None:
     need(math.isfinite(config.lr) and config.lr > 0, "lr", "must be a positive number")
     need(0 <= config.ema < 1, "ema", "must be in [0, 1)")
     for name in config.net: refuse_unknown("argument of the network", name, NET_FIELDS)
+    need(len(config.levels) == 2 and all(type(n) is int for n in config.levels) and 2 <= config.levels[0] <= config.levels[1], "levels", "must be (fewest, most), whole numbers from 2")
     for name, known in CHOICES.items(): refuse_unknown(name, getattr(config, name), known)
+    estimate_of(config.objective, config.estimate)
     VPSchedule(config.T, config.beta_min, config.beta_max)
 
-# %% ../nbs/09_training.ipynb #09-training-011
+# %% ../nbs/09_training.ipynb #09-training-013
 def step_seed(seed: int, purpose: str, *position: int) -> int:
     "A 63-bit seed that depends on all its arguments and on nothing else."
     return int.from_bytes(hashlib.sha256(repr((seed, purpose, position)).encode()).digest()[:8], "big") >> 1
@@ -149,7 +157,7 @@ def step_seed(seed: int, purpose: str, *position: int) -> int:
 def generator(device, seed: int, purpose: str, *position: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(step_seed(seed, purpose, *position))
 
-# %% ../nbs/09_training.ipynb #09-training-013
+# %% ../nbs/09_training.ipynb #09-training-015
 def epoch_batches(n: int, batch: int, seed: int, epoch: int, world: int = 1) -> list[list[torch.Tensor]]:
     """The epoch's global batches: `[k][r]` holds the sample indices (long) that rank r takes at step k.
 
@@ -165,7 +173,7 @@ def epoch_batches(n: int, batch: int, seed: int, epoch: int, world: int = 1) -> 
     cuts = [[min(len(s), (min(n, k * batch) - r + world - 1) // world) for k in range(steps + 1)] for r, s in enumerate(shares)]
     return [[s[cuts[r][k]:cuts[r][k + 1]] for r, s in enumerate(shares)] for k in range(steps)]
 
-# %% ../nbs/09_training.ipynb #09-training-017
+# %% ../nbs/09_training.ipynb #09-training-019
 def draw(config: TrainConfig, step: int, n: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"Step `step`'s random draws for n samples: t [n] ~ U{1..T}, noise [n, C, H, W] ~ N(0, I), flip mask [n]."
     g = generator(device, config.seed, "step", step)
@@ -174,30 +182,27 @@ def draw(config: TrainConfig, step: int, n: int, device="cpu") -> tuple[torch.Te
     flips = torch.rand(n, generator=g, device=device) < 0.5
     return t, noise, flips
 
-# %% ../nbs/09_training.ipynb #09-training-020
-def paper(model, d, schedule: VPSchedule, x0, estimate, t, noise, label=None) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""One evaluation of (5): $d(f_\theta(x_0^{(n)}, x_t, t), x_0)$ [B], and the next estimates $x_0^{(n+1)}$ [B, C, H, W], detached.
-
-    x0, estimate, noise [B, C, H, W]; t long [B] in 1..T; label long [B] or None.
-    """
-    a, s = schedule.signal_noise(t, x0)
-    x_t = a * x0 + s * noise
-    x_hat = model(estimate, x_t, t, label)
-    return d(x_hat, x0), x_hat.detach()
-
 # %% ../nbs/09_training.ipynb #09-training-022
+def draw_estimate(config: TrainConfig, step: int, n: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    r"Step `step`'s further draws: `first` [n, C, H, W] ~ N(0, I), `again` bool [n], `u` [n] ~ U(0, 1); see `dddm.objectives.Part`."
+    g = generator(device, config.seed, "estimate", step)
+    first = torch.randn(n, *config.shape, generator=g, device=device)
+    return first, torch.rand(n, generator=g, device=device) < 0.5, torch.rand(n, generator=g, device=device)
+
+# %% ../nbs/09_training.ipynb #09-training-024
 def build(config: TrainConfig) -> DDDM:
     "A `DDDM` with fresh weights drawn from `config.seed`, on the CPU, in train mode."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(config.seed, "weights"))
-        return DDDM(UNet(shape=config.shape, classes=config.classes, **config.net), VPSchedule(config.T, config.beta_min, config.beta_max))
+        net = UNet(shape=config.shape, classes=config.classes, **config.net)
+    return assemble(config.objective, net, VPSchedule(config.T, config.beta_min, config.beta_max))
 
-# %% ../nbs/09_training.ipynb #09-training-025
+# %% ../nbs/09_training.ipynb #09-training-027
 def ema_decay(config: TrainConfig, step: int) -> float:
     "The average's decay after `step` steps, counted from 1."
     return min(config.ema, (1 + step) / (10 + step)) if config.ema_warmup else config.ema
 
-# %% ../nbs/09_training.ipynb #09-training-028
+# %% ../nbs/09_training.ipynb #09-training-030
 def fsync(path: Path) -> None:
     "Flush a file or a directory to disk."
     fd = os.open(path, os.O_RDONLY)
@@ -222,7 +227,7 @@ def checkpoints(folder: Path) -> list[Path]:
     "The sealed checkpoints in a run's `checkpoints` folder, oldest first."
     return sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
 
-# %% ../nbs/09_training.ipynb #09-training-029
+# %% ../nbs/09_training.ipynb #09-training-031
 def damage(checkpoint: Path) -> str | None:
     "What is wrong with a checkpoint, in words, or None: every file of the manifest is there, as long as it was, with its sha256."
     try: manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -246,7 +251,7 @@ def newest_checkpoint(run: Path) -> Path | None:
     if found: raise ValueError(f"every checkpoint in {Path(run) / 'checkpoints'} is damaged; remove that folder to begin again, or restore it from a copy")
     return None
 
-# %% ../nbs/09_training.ipynb #09-training-033
+# %% ../nbs/09_training.ipynb #09-training-035
 def load(run_directory, ema: bool = True) -> DDDM:
     """The run's `DDDM` in eval mode on the CPU, with averaged (`ema`) or raw weights.
 
@@ -260,7 +265,7 @@ def load(run_directory, ema: bool = True) -> DDDM:
     model.load_state_dict(load_file(checkpoint / ("ema.safetensors" if ema else "model.safetensors")))
     return model.eval()
 
-# %% ../nbs/09_training.ipynb #09-training-035
+# %% ../nbs/09_training.ipynb #09-training-037
 def claim_directory(config: TrainConfig, out: Path, resume: bool = True) -> None:
     """Make `out` the directory of this run, or check that it is already.
 
@@ -270,7 +275,7 @@ def claim_directory(config: TrainConfig, out: Path, resume: bool = True) -> None
     path = out / "config.json"
     if path.exists() and any((out / name).exists() for name in ("history.jsonl", "checkpoints")):
         if not resume: raise FileExistsError(f"{out} holds a run already; choose another directory, or let it resume")
-        was, now = json.loads(path.read_text()), config.to_dict()
+        was, now = TrainConfig.from_dict(json.loads(path.read_text())).to_dict(), config.to_dict()      # a field that is new since then has its default
         differ = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} here" for k in sorted({*was, *now}) if was.get(k) != now.get(k) and k not in RESUMABLE]
         if differ: raise ValueError(f"{out} is the run of another configuration ({'; '.join(differ)}); choose another directory")
     elif not path.exists() and out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
@@ -297,13 +302,13 @@ def check_data(config: TrainConfig, data) -> None:
         top = int(data.labels.max())
         if top >= config.classes or int(data.labels.min()) < 0: raise ValueError(f"classes={config.classes}, but {data.name} has the label {top}: labels must be in 0..{config.classes - 1}")
 
-# %% ../nbs/09_training.ipynb #09-training-038
+# %% ../nbs/09_training.ipynb #09-training-040
 def check_disk(out: Path, needed: int) -> None:
     "Raise `OSError` unless `needed` bytes are free where `out` lies."
     free = shutil.disk_usage(out).free
     if free < needed: raise OSError(f"{out} has {free / 1e9:.3g} GB free; three checkpoints need {needed / 1e9:.3g} GB: free some space or choose another directory")
 
-# %% ../nbs/09_training.ipynb #09-training-040
+# %% ../nbs/09_training.ipynb #09-training-042
 def start_accelerator(config: TrainConfig) -> Accelerator:
     "Device, number format and ranks: CUDA where there is a GPU and the configuration allows it; as many ranks as the launcher started."
     cuda = torch.cuda.is_available() and config.device != "cpu"
@@ -318,19 +323,26 @@ def load_images(config: TrainConfig):
     change = dict(size=config.shape[-1], channels=config.shape[0]) if config.resize else {}
     return images.load(config.data, path=config.data_path, download=config.download, on_error=config.on_error, labels=config.classes is not None or None, **change)
 
+def open_distance(config: TrainConfig) -> torch.nn.Module:
+    "The configuration's d; `features`, where it is among its options, is the name of a network of `dddm.features`."
+    options = dict(config.distance_options)
+    if isinstance(options.get("features"), str): options["features"] = trunk(options["features"])
+    return distance(config.distance, c=config.c, **options)
+
 def place_images(data, device):
     "The uint8 images on the device where they take at most a fifth of its free memory; otherwise they stay on the CPU and batches travel."
     if device.type == "cuda" and len(data) * math.prod(data.shape) > 0.2 * torch.cuda.mem_get_info(device)[0]: return data
     return data.to(device)
 
-def open_store(config: TrainConfig, n: int, rank: int, world: int, device) -> EstimateStore:
-    "This rank's rows: in a file (one for each rank), or on the device where they take at most 0.3 of its free memory, or on the CPU."
+def open_store(config: TrainConfig, n: int, rank: int, world: int, device) -> EstimateStore | None:
+    "This rank's rows: in a file (one for each rank), or on the device where they take at most 0.3 of its free memory, or on the CPU. None for an objective without them."
+    if not needs_store(config.objective, config.estimate): return None
     size = math.ceil(n / world) * math.prod(config.shape) * getattr(torch, config.store_dtype).itemsize
     if device.type == "cuda" and size > 0.3 * torch.cuda.mem_get_info(device)[0]: device = "cpu"
     path = config.store_path if config.store_path is None or world == 1 else f"{config.store_path}.{rank}of{world}"
     return EstimateStore(n, config.shape, config.store_dtype, path, "cpu" if path else device, config.seed, share=(rank, world))
 
-# %% ../nbs/09_training.ipynb #09-training-041
+# %% ../nbs/09_training.ipynb #09-training-043
 class Run:
     """A run of algorithm 1 as one rank sees it. `step` moves it by a global batch; `save` and `restore` keep it.
 
@@ -343,7 +355,7 @@ class Run:
         self.main = self.accelerator.is_main_process
         self.bare = build(config)
         with self.accelerator.local_main_process_first():        # one rank fetches and decodes, the others find it done
-            self.d, data = distance(config.distance, c=config.c, **config.distance_options).to(self.device), load_images(config)
+            self.d, data = open_distance(config).to(self.device), load_images(config)
         check_data(config, data)
         self.steps_per_epoch = len(epoch_batches(len(data), config.batch, config.seed, 0, self.world))
         self.steps = self.steps_per_epoch * config.epochs
@@ -367,24 +379,27 @@ class Run:
         if self.order[0] != self.epoch: self.order = self.epoch, epoch_batches(len(self.data), self.config.batch, self.config.seed, self.epoch, self.world)
         return self.order[1][self.done % self.steps_per_epoch]
 
-# %% ../nbs/09_training.ipynb #09-training-043
-def accumulate(run: Run, index: torch.Tensor, t, noise, flips, total: int) -> None:
-    """Add a part's share of the gradient of (5), and write its new estimates.
+# %% ../nbs/09_training.ipynb #09-training-045
+def accumulate(run: Run, index: torch.Tensor, draws: tuple, total: int, seed: int) -> None:
+    """Add a part's share of the gradient of the objective, and write its new estimates.
 
-    index long [b]: this rank's samples; t [b], noise [b, C, H, W], flips [b]: their draws; total: samples in the global batch.
-    Raises `FloatingPointError` where the loss (before the backward pass) or an estimate is not finite.
+    index long [b]: this rank's samples; draws: their t, noise, flips, first, again, u, each [b, ...]; total: samples in the global batch; seed: of
+    its dropout. Raises `FloatingPointError` where the loss (before the backward pass) or an estimate is not finite.
     """
-    mirror = (lambda x: images.flip(x, flips)) if run.config.flip else (lambda x: x)
+    c, (t, noise, flips, first, again, u) = run.config, draws
+    mirror = (lambda x: images.flip(x, flips)) if c.flip else (lambda x: x)
     x0, label = run.data.get(index)
-    x0, estimate = (mirror(x.to(run.device)) for x in (x0, run.store.read(index)))
-    label = label.to(run.device) if run.config.classes is not None else None
-    d, x_hat = paper(run.model, run.d, run.bare.schedule, x0, estimate, t, noise, label)
+    stored = None if run.store is None else mirror(run.store.read(index).to(run.device))
+    part = Part(mirror(x0.to(run.device)), stored, t, noise, first, again, u, label.to(run.device) if c.classes is not None else None,
+                progress=run.done / run.steps, epoch=run.epoch, seed=seed)
+    d, row, t = OBJECTIVES[c.objective][0](run.model, run.d, run.bare.schedule, part, estimate=estimate_of(c.objective, c.estimate), level_range=c.levels)
     loss = d.sum()
     if not math.isfinite(loss.item()): raise FloatingPointError(not_finite(run, f"the loss is {loss.item()}", index))
     run.accelerator.backward(loss * (run.world / total))
-    try: run.store.write(index, mirror(x_hat).to(run.store.device))
+    try:
+        if run.store is not None: run.store.write(index, mirror(row).to(run.store.device))
     except ValueError as e: raise FloatingPointError(not_finite(run, f"an estimate cannot be stored ({e})", index)) from e
-    quarter = (t - 1) * 4 // run.config.T
+    quarter = (t - 1) * 4 // c.T
     run.sums[0].index_add_(0, quarter, d.detach().double())
     run.sums[1].index_add_(0, quarter, torch.ones_like(d, dtype=torch.float64))
 
@@ -395,14 +410,15 @@ def last_good(run: Run) -> str:
 def not_finite(run: Run, what: str, index: torch.Tensor) -> str:
     return f"{what} at step {run.done} (epoch {run.epoch}), for the samples {index.tolist()}; {last_good(run)}. Look at those images; a smaller lr or float32 may help"
 
-# %% ../nbs/09_training.ipynb #09-training-045
+# %% ../nbs/09_training.ipynb #09-training-047
 def step(run: Run) -> int:
     "Algorithm 1 for one global batch; returns the number of its samples."
     c, shares = run.config, run.batch()
     mine, sizes = shares[run.rank], [len(s) for s in shares]
     start, total = sum(sizes[:run.rank]), sum(sizes)
-    t, noise, flips = (v[start:start + len(mine)] for v in draw(c, run.done, total, run.device))
-    torch.manual_seed(step_seed(c.seed, "dropout", run.done, run.rank))
+    draws = tuple(v[start:start + len(mine)] for f in (draw, draw_estimate) for v in f(c, run.done, total, run.device))
+    seed = step_seed(c.seed, "dropout", run.done, run.rank)
+    torch.manual_seed(seed)
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
     size = c.micro_batch or max(len(mine), 1)
@@ -410,7 +426,7 @@ def step(run: Run) -> int:
         more = i + size < len(mine)
         with run.accelerator.no_sync(run.model) if more else contextlib.nullcontext():      # average the gradients once, with the last part
             part = slice(i, i + size)
-            accumulate(run, mine[part], t[part], noise[part], flips[part], total)
+            accumulate(run, mine[part], tuple(v[part] for v in draws), total, seed + i)
     if not len(mine):
         zeros = torch.zeros(1, *c.shape, device=run.device)
         label = None if c.classes is None else torch.zeros(1, dtype=torch.long, device=run.device)
@@ -420,7 +436,7 @@ def step(run: Run) -> int:
     get_ema_multi_avg_fn(ema_decay(c, run.done))(list(run.ema.parameters()), list(run.bare.parameters()), None)
     return total
 
-# %% ../nbs/09_training.ipynb #09-training-047
+# %% ../nbs/09_training.ipynb #09-training-049
 def save(run: Run) -> None:
     """Write a checkpoint of all ranks. Nothing is lost where it fails, and the last good checkpoint is named:
 
@@ -435,7 +451,7 @@ def save(run: Run) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     run.accelerator.wait_for_everyone()
     try:
-        torch.save(run.store.state_dict(), folder / f"store-{run.rank}.pt")
+        if run.store is not None: torch.save(run.store.state_dict(), folder / f"store-{run.rank}.pt")
         sums = run.accelerator.reduce(run.sums, "sum")
         if run.main:
             save_file(run.bare.state_dict(), folder / "model.safetensors")
@@ -448,12 +464,13 @@ def save(run: Run) -> None:
         raise OSError(f"the checkpoint of step {run.done} could not be written ({e}); {last_good(run)}. {size_text(shutil.disk_usage(run.out).free)} are free on the disk: free more and run again") from e
     run.accelerator.wait_for_everyone()
 
-# %% ../nbs/09_training.ipynb #09-training-048
+# %% ../nbs/09_training.ipynb #09-training-050
 def restore(run: Run) -> bool:
     "Put the newest good checkpoint's state into `run`; False where there is none. Raises `ValueError` when it came from other images or another number of devices."
     checkpoint = newest_checkpoint(run.out)
     if checkpoint is None:
-        run.store.clear(); trim_history(run, 0)                      # a run that was killed before its first checkpoint leaves both
+        trim_history(run, 0)                                         # a run that was killed before its first checkpoint leaves lines and rows
+        if run.store is not None: run.store.clear()
         return False
     state = torch.load(checkpoint / "state.pt", map_location=run.device, weights_only=True)
     if state["world"] != run.world: raise ValueError(f"{checkpoint} is of {state['world']} device(s), this is {run.world}: each owns its rows of the store; resume on as many")
@@ -461,13 +478,13 @@ def restore(run: Run) -> bool:
     run.bare.load_state_dict(load_file(checkpoint / "model.safetensors"))
     run.ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
     run.optimizer.load_state_dict(state["optimizer"])
-    run.store.load_state_dict(torch.load(checkpoint / f"store-{run.rank}.pt", map_location="cpu", mmap=True, weights_only=True))
+    if run.store is not None: run.store.load_state_dict(torch.load(checkpoint / f"store-{run.rank}.pt", map_location="cpu", mmap=True, weights_only=True))
     run.done = state["done"]
     if run.main: run.sums.copy_(state["sums"])
     trim_history(run, run.done)
     return True
 
-# %% ../nbs/09_training.ipynb #09-training-050
+# %% ../nbs/09_training.ipynb #09-training-052
 def trim_history(run: Run, done: int) -> None:
     "Drop lines after step `done`, the closing line of a run that goes on, and a line that a kill cut short."
     for name in ("history", "speed"):
@@ -500,7 +517,7 @@ def history(run_directory) -> list[dict]:
     "The run's history: dicts with step, epoch, loss, loss_by_t (means since the line before; by quarter of t, from small to large)."
     return [json.loads(line) for line in (Path(run_directory) / "history.jsonl").read_text().splitlines()]
 
-# %% ../nbs/09_training.ipynb #09-training-051
+# %% ../nbs/09_training.ipynb #09-training-053
 def sample_grid(run: Run, steps=(1, 5), n: int = 32) -> None:
     "Save a grid of the averaged model's samples: two rows of 16 for each number of steps. Rank 0 alone does it."
     if not run.main: return
@@ -510,17 +527,18 @@ def sample_grid(run: Run, steps=(1, 5), n: int = 32) -> None:
     path.parent.mkdir(exist_ok=True)
     save_grid(torch.cat([blocks[s] for s in steps]), path, columns=n // 2)
 
-# %% ../nbs/09_training.ipynb #09-training-053
+# %% ../nbs/09_training.ipynb #09-training-055
 def seconds_per_image(run: Run, n: int = 32) -> float:
     "Seconds of forward and backward for one image, measured on a copy of the network with a batch of at most n."
     c, n = run.config, min(n, run.config.batch)
     model = copy.deepcopy(run.ema).train().requires_grad_(True)
     x0, label = run.data.get(torch.arange(n))
-    x0, t = x0.to(run.device), torch.full((n,), c.T, device=run.device)
-    label = label.to(run.device) if c.classes is not None else None
+    x0, t, half = x0.to(run.device), torch.full((n,), c.T, device=run.device), torch.full((n,), 0.5, device=run.device)
+    part = Part(x0, x0, t, torch.zeros_like(x0), x0, torch.arange(n, device=run.device) % 2 == 0, half, label.to(run.device) if c.classes is not None else None)
+    options = dict(estimate=estimate_of(c.objective, c.estimate), level_range=c.levels)
     for _ in range(2):                                           # the first pass warms up
         begin = time.perf_counter()
-        with run.accelerator.autocast(): d, _ = paper(model, run.d, run.bare.schedule, x0, x0, t, torch.zeros_like(x0), label)
+        with run.accelerator.autocast(): d, *_ = OBJECTIVES[c.objective][0](model, run.d, run.bare.schedule, part, **options)
         d.sum().backward()
         if run.device.type == "cuda": torch.cuda.synchronize(run.device)
     return (time.perf_counter() - begin) / n
@@ -531,14 +549,14 @@ def describe(run: Run) -> str:
     left = (c.epochs - run.done / run.steps_per_epoch) * len(run.data) / run.world
     lines = [f"{'resumes' if run.resumed else 'starts'} at step {run.done:,} of {run.steps:,}: {c.epochs} epochs of {len(run.data):,} images of {run.data.name}, batch {c.batch}, {run.world} x {run.device.type}",
              f"network     {weights / 4e6:.2f} M parameters; with gradients, Adam's moments and the average {size_text(5 * weights)}",
-             f"store       {size_text(run.store.nbytes)} as {c.store_dtype} in {'a file' if c.store_path else 'memory'}; images {size_text(len(run.data) * math.prod(c.shape))}",
+             f"store       {f'{size_text(run.store.nbytes)} as {c.store_dtype} in ' + ('a file' if c.store_path else 'memory') if run.store is not None else f'none, the objective {c.objective} reads no estimates of earlier epochs'}; images {size_text(len(run.data) * math.prod(c.shape))}",
              f"checkpoint  {size_text(checkpoint_bytes(run))}, the last two are kept",
              f"time        about {left * seconds_per_image(run) / 60:.3g} minutes left, from a trial on {min(32, c.batch)} images"]
     return "\n".join(lines)
 
 def checkpoint_bytes(run: Run) -> int:
     "Bytes of one checkpoint: weights, average, Adam's two moments, store."
-    return 4 * sum(p.numel() * p.element_size() for p in run.bare.parameters()) + run.store.nbytes * run.world
+    return 4 * sum(p.numel() * p.element_size() for p in run.bare.parameters()) + (0 if run.store is None else run.store.nbytes * run.world)
 
 def size_text(n: float) -> str:
     "Bytes in decimal units."
@@ -547,7 +565,7 @@ def size_text(n: float) -> str:
         n /= 1000
     return f"{n:.3g} TB"
 
-# %% ../nbs/09_training.ipynb #09-training-055
+# %% ../nbs/09_training.ipynb #09-training-057
 @contextlib.contextmanager
 def stop_signals():
     "Within, SIGINT and SIGTERM are noted in the list that is given; another one, more than three seconds later, interrupts at once."
@@ -567,7 +585,7 @@ def any_rank(run: Run, received: list) -> bool:
     if run.world == 1: return bool(received)
     return bool(run.accelerator.reduce(torch.tensor(float(bool(received)), device=run.device), "sum") > 0)
 
-# %% ../nbs/09_training.ipynb #09-training-056
+# %% ../nbs/09_training.ipynb #09-training-058
 def train(config: TrainConfig, out, resume: bool = True, callback=None, progress: bool = True) -> Path:
     """Train `config` by algorithm 1 in the directory `out`; returns it when the run is finished.
 
@@ -606,7 +624,7 @@ def leave(run: Run, received: list) -> None:
     if signal.SIGTERM in received: raise SystemExit(128 + signal.SIGTERM)
     raise KeyboardInterrupt
 
-# %% ../nbs/09_training.ipynb #09-training-061
+# %% ../nbs/09_training.ipynb #09-training-063
 def main(argv=None) -> None:
     "Train the configuration in a JSON file; under `accelerate launch`, on as many devices as it starts."
     parser = argparse.ArgumentParser(prog="dddm.training", description=main.__doc__)
@@ -618,5 +636,5 @@ def main(argv=None) -> None:
     except (OSError, ValueError) as e: parser.error(f"{args.config}: {e}")
     train(config, args.out, resume=not args.fresh)
 
-# %% ../nbs/09_training.ipynb #09-training-062
+# %% ../nbs/09_training.ipynb #09-training-064
 if __name__ == "__main__" and globals().get("__spec__"): main()     # as `python -m`, not as a cell of this notebook

@@ -197,7 +197,8 @@ def test_loss_that_is_no_number(tmp_path):
 
 
 def test_first_loss_that_is_no_number_names_step_and_samples(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "paper", lambda model, d, schedule, x0, estimate, t, noise, label: (torch.full((len(x0),), float("nan"), requires_grad=True), x0))
+    broken = lambda model, d, schedule, part, **_: (torch.full((len(part.x0),), float("nan"), requires_grad=True), part.x0, part.t)
+    monkeypatch.setitem(training.OBJECTIVES, "paper", (broken, *training.OBJECTIVES["paper"][1:]))
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0 \(epoch 0\), for the samples \[\d+, .* no checkpoint had been saved"):
         train(TrainConfig(**TINY), tmp_path / "run", progress=False)
 

@@ -1,0 +1,126 @@
+"The evaluation job, as a user starts it: what it leaves, what it refuses, and that an interrupted one ends where an unbroken one does."
+import json
+import pathlib
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+
+from dddm.data import digits
+from dddm.metrics import Result, evaluate, load_results, save_results
+from dddm.objectives import generate
+from dddm.presets import preset
+from dddm.training import load, train
+
+SMALL = dict(epochs=1, batch=600, net=dict(base=16, attention=[], estimate=[4]), sample_every=0, device="cpu")
+
+
+def command(root, output, parameters):
+    return [sys.executable, "-m", "papermill", str(root / "nbs" / "evaluate.ipynb"), str(output), "-y", "{" + parameters + "}", "--no-progress-bar"]
+
+
+def papermill(root, output, parameters): return subprocess.run(command(root, output, parameters), cwd=root, capture_output=True, text=True)
+
+
+def printed(path):
+    "All that the notebook at `path` printed."
+    return "\n".join(o.text for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A run of one epoch."
+    return train(preset("digits", **SMALL), tmp_path_factory.mktemp("runs") / "tiny", progress=False)
+
+
+def test_interrupted_and_damaged_ends_in_the_numbers_of_the_library(root, run, tmp_path):
+    """Stopped in its last step count, with a finished piece cut short while it was away: started again it reads back what is whole, makes the
+    rest, and every number is what the library gives for samples drawn in one go."""
+    out = tmp_path / "results"
+    parameters = f"run: {run}, out: {out}, n: 80, batch_size: 40, steps: [3, 1, 200], seeds: [0, 1], all_seeds_to: 3, device: cpu"
+    process = subprocess.Popen(command(root, tmp_path / "broken.ipynb", parameters), cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 300
+    while not (pieces := sorted(out.glob("samples/*/seed0-steps3.safetensors"))) and time.monotonic() < until: time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) != 0 and not (out / "results.json").exists()
+    first, third = pieces[0].with_name("seed0-steps1.safetensors"), pieces[0]
+    written = first.stat().st_mtime_ns
+    third.write_bytes(third.read_bytes()[:-100])
+
+    done = papermill(root, tmp_path / "again.ipynb", parameters)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = printed(tmp_path / "again.ipynb")
+    assert first.stat().st_mtime_ns == written and "seed0-steps3.safetensors is made again: it is damaged" in text and "tiny: lowest FD-digits" in text
+    found, about = load_results(out / "results.json")
+    assert list(found) == [f"tiny, {s} steps, seed {k}" for k, s in ((0, 1), (0, 3), (0, 200), (1, 1), (1, 3))] + ["noise"]
+    assert about["cells"]["tiny, 3 steps, seed 1"] == dict(run="tiny", steps=3, seed=1) and about["subjects"]["tiny"]["sampler"] == "fixed"
+    metrics = ("fd", "precision", "recall", "diversity", "mean shift", "confident")
+    for seed, steps in ((0, (1, 3, 200)), (1, (1, 3))):
+        for s, x in generate(load(run), "fixed", 80, steps, seed, batch_size=40).items():
+            scored = found[f"tiny, {s} steps, seed {seed}"]
+            assert 0 <= scored["copies"].value <= 1
+            assert {k: r for k, r in scored.items() if k != "copies"} == evaluate(x, digits(), "digits", metrics, seed=seed, device="cpu", cache=False, progress=False)
+
+
+def test_two_runs_with_another_sampler(root, run, tmp_path):
+    "Several runs side by side, each with the sampler of its objective, one table for all."
+    other = train(preset("digits", objective="regression", **SMALL), tmp_path / "regression", progress=False)
+    done = papermill(root, tmp_path / "out.ipynb", f"runs: [{run}, {other}], out: {tmp_path / 'results'}, n: 80, steps: [1, 4], seeds: [3], device: cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, about = load_results(tmp_path / "results" / "results.json")
+    assert {name: s["sampler"] for name, s in about["subjects"].items()} == {"tiny": "fixed", "regression": "ddim"}
+    expected = evaluate(generate(load(other), "ddim", 80, (4,), seed=3)[4], digits(), "digits", "fd", seed=3, device="cpu", cache=False, progress=False)
+    assert found["regression, 4 steps, seed 3"]["FD-digits"].value == pytest.approx(expected["FD-digits"].value, rel=1e-4)
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ("run: {run}, step: [1]", "unknown parameter step; the parameters are run"),
+    ("run: {run}, steps: '[1, 2]'", "steps='[1, 2]': must be a list of different integers >= 1"),
+    ("run: {run}, seeds: [0, 0]", "seeds=[0, 0]: must be a list of different integers >= 0"),
+    ("run: {empty}", "holds no config.json: it is no run directory"),
+    ("run: {moved}", "gone.zip' is neither a path that exists"),
+    ("run: {run}, extractor: inception, weights: {empty}/inception.pth", "inception.pth' is not a file"),
+    ("run: {run}, extractor: cifar, n: 20", "(1, 8, 8)"),
+])
+def test_refuses_before_sampling(root, run, tmp_path, parameters, message):
+    empty, moved = tmp_path / "empty", tmp_path / "moved"
+    empty.mkdir()
+    shutil.copytree(run, moved, ignore=shutil.ignore_patterns("evaluation"))
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "data": str(tmp_path / "gone.zip")}))
+    done = papermill(root, tmp_path / "out.ipynb", f"out: {tmp_path / 'results'}, device: cpu, " + parameters.format(run=run, empty=empty, moved=moved))
+    assert done.returncode == 1 and message in done.stderr, done.stderr[-2000:]
+    assert not list(tmp_path.rglob("samples/*/seed*"))
+
+
+@pytest.fixture(scope="module")
+def results_script():
+    "The script that makes the README's tables, as a module's names."
+    return runpy.run_path(str(pathlib.Path(__file__).resolve().parents[1] / ".ci" / "results.py"))
+
+
+def made_up(value, seed, metric="FD-digits", **other):
+    "A Result with a value of the test's choosing."
+    return Result(**{**dict(metric=metric, value=value, n=50, reference_n=100, reference="r", extractor="digits", weights="0123456789", resize="none", seed=seed, floor=2.0), **other})
+
+
+def test_results_tables(results_script, tmp_path):
+    "Means and standard deviations over seeds; numbers of different kinds are refused."
+    cells = {f"a, 1 steps, seed {k}": dict(run="a", steps=1, seed=k) for k in (0, 1)}
+    about = dict(cells=cells, distance="FD-digits", data="digits", real=dict(n=50, reference_n=50, precision=0.9, recall=0.8), subjects=dict(a=dict(objective="paper", sampler="fixed", epochs=3, budget="few images")))
+    runs = {**{label: {"FD-digits": made_up(10.0 + 2 * k, k)} for k, label in enumerate(cells)}, "noise": {"FD-digits": made_up(99.0, 0)}}
+    save_results(tmp_path / "evaluate-a.json", runs, **about)
+    text = results_script["section"](tmp_path / "evaluate-a.json")
+    assert "| 1 | 11 ± 1 |" in text and "| noise | 99 |" in text and "| real images, expected | 2 |" in text and "n = 50 against the 100 images of digits" in text
+    save_results(tmp_path / "evaluate-a.json", {**runs, "a, 1 steps, seed 1": {"FD-digits": made_up(12.0, 1, n=60)}}, **about)
+    with pytest.raises(ValueError, match="n is 50 in one and 60 in the other"): results_script["section"](tmp_path / "evaluate-a.json")
+
+
+def test_readme_has_the_tables_of_the_committed_results(root):
+    made = subprocess.run([sys.executable, root / ".ci" / "results.py", "--check"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr

@@ -1,0 +1,389 @@
+"The explorer's widgets: files, memory, bad input without a browser; and JupyterLab with a real one, driven through its DevTools protocol."
+import base64
+import contextlib
+import io
+import itertools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dddm import explore, presets, training
+from dddm.data import digits
+from dddm.model import DDDM
+from dddm.schedule import VPSchedule
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def wait_for(what, check, seconds=120):
+    "The first true answer of `check`; fails naming `what` when there is none in time."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if answer := check(): return answer
+        time.sleep(0.2)
+    pytest.fail(f"waited {seconds} s for {what}")
+
+
+class Halving(nn.Module):
+    "f = half the estimate: a trajectory that is known. `seconds`: how long a step takes."
+    def __init__(self, shape=(1, 8, 8), seconds=0.0):
+        super().__init__()
+        self.shape, self.seconds, self.w = shape, seconds, nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_t, t, estimate, label):
+        time.sleep(self.seconds)
+        return x_t - estimate / 2 + self.w
+
+
+def halving(**options): return DDDM(Halving(**options), VPSchedule())
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A run of three steps."
+    config = presets.preset("digits", epochs=1, batch=600, checkpoint_every=3, sample_every=0, device="cpu", net=dict(base=16, attention=[], estimate=[4]))
+    return training.train(config, tmp_path_factory.mktemp("runs") / "short", progress=False)
+
+
+def told(explorer): return explorer.message.value
+
+
+# Shipped models
+
+def test_shipped_files_are_the_pinned_ones():
+    assert set(explore.shipped()) == set(explore.SHIPPED)
+    total = 0
+    for name in explore.SHIPPED:
+        path = explore.shipped_file(name)
+        total += path.stat().st_size
+        about, model = explore.about_model(path), explore.shipped_model(name)
+        assert about["command"].startswith("papermill nbs/train.ipynb") and about["objective"] == about["config"]["objective"]
+        assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert total < 1.5e6
+
+
+def test_a_damaged_or_missing_shipped_file_is_named(tmp_path, monkeypatch):
+    name, (file, _) = next(iter(explore.SHIPPED.items()))
+    blob = bytearray((explore.WEIGHTS / file).read_bytes())
+    blob[-1] ^= 1
+    monkeypatch.setattr(explore, "WEIGHTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing"): explore.shipped_model(name)
+    (tmp_path / file).write_bytes(blob)
+    with pytest.raises(ValueError, match="not the file that belongs to this version"): explore.shipped_model(name)
+    assert "dddm-wrong" in told(explore.StepExplorer(name, steps=2).wait())
+
+
+def test_export_keeps_what_a_run_is(run, tmp_path, capsys):
+    explore.main([str(run), str(tmp_path / "model.safetensors"), "--description", "short", "--command", "a test"])
+    assert capsys.readouterr().out.strip() == training.sha256(tmp_path / "model.safetensors")
+    about, (model, data) = explore.about_model(tmp_path / "model.safetensors"), explore.open_model(tmp_path / "model.safetensors")
+    assert about["config"] == json.loads((run / "config.json").read_text()) and about["description"] == "short" and data == "digits"
+    for a, b in zip(model.parameters(), training.load(run).parameters()): assert torch.equal(a, b.half().float())
+    with pytest.raises(SystemExit): explore.main([str(tmp_path), str(tmp_path / "x.safetensors"), "--description", "", "--command", ""])
+    assert "no config.json" in capsys.readouterr().err
+
+
+def test_files_that_are_no_model(tmp_path):
+    (tmp_path / "text.safetensors").write_text("no")
+    with pytest.raises(ValueError, match="cannot be read as safetensors"): explore.open_model(tmp_path / "text.safetensors")
+    with pytest.raises(ValueError, match="not written by explore.export_model"): explore.open_model(explore.WEIGHTS / "features-digits.safetensors")
+
+
+# Trajectories
+
+def test_trajectory_of_a_known_map():
+    t = explore.Trajectory(halving(), n=5, steps=30, dtype=torch.float32).run(batch_size=2)
+    for s in t.at: torch.testing.assert_close(t.samples(s), t.first / 2 ** s)
+    norm = t.first.flatten(1).norm(dim=1).mean().item()
+    np.testing.assert_allclose(t.moved, [norm / 2 ** s for s in range(1, 31)], rtol=1e-5, atol=1e-6)
+
+
+def test_log_steps():
+    assert explore.log_steps(1) == [0, 1] and explore.log_steps(7) == list(range(8))
+    for last in (10, 99, 1000, 12345):
+        at = explore.log_steps(last)
+        assert at[:3] == [0, 1, 2] and at[-1] == last and at == sorted(set(at)) and len(at) < 95
+        assert {s for s in (5, 10, 20, 50, 100, 1000) if s <= last} <= set(at)
+
+
+def test_more_images_than_memory_allows():
+    model = halving()
+    each = explore.Trajectory(model, 1).nbytes
+    assert explore.Trajectory(model, 10, memory=10 * each).nbytes == 10 * each
+    with pytest.raises(ValueError, match="at most 9 fit"): explore.Trajectory(model, 10, memory=10 * each - 1)
+    explorer = explore.StepExplorer(model, n=10, memory=10 * each - 1).wait()
+    assert "at most 9 fit" in told(explorer) and explorer.trajectory is None
+    explorer.n.value = 9
+    assert "dddm-message" in told(explorer.wait()) and explorer.trajectory.n == 9
+
+
+def test_kept_trajectories_stay_within_the_bound():
+    model = halving()
+    explorer = explore.StepExplorer(model, n=4, steps=10, memory=3.5 * explore.Trajectory(model, 4, steps=10).nbytes)
+    first = explorer.wait().trajectory
+    for seed in (1, 2, 3): explorer.seed.value = seed; explorer.wait()
+    assert [key[1] for key in explorer.cache] == [1, 2, 3]
+    explorer.seed.value = 1; explorer.wait()
+    explorer.seed.value = 4; explorer.wait()
+    assert [key[1] for key in explorer.cache] == [3, 1, 4]                 # the one used last was kept
+    explorer.seed.value = 0
+    assert torch.equal(explorer.wait().trajectory.frames, first.frames)
+
+
+# The widget
+
+def test_only_what_was_asked_for_last_is_shown():
+    explorer = explore.StepExplorer(halving(seconds=0.002), n=2, steps=500)
+    for seed in range(1, 6): explorer.seed.value = seed
+    assert list(explorer.wait().cache) == [(explorer.model.value, 5, 2, None)] and explorer.trajectory.done == 500
+    assert torch.equal(explorer.trajectory.x_T, explore.Trajectory(halving(), 2, 5).x_T)
+    explorer.close()
+
+
+def test_while_computing_the_last_computed_step_is_drawn():
+    explorer = explore.StepExplorer(halving(seconds=0.02), n=2, steps=200)
+    explorer.step.value = 200
+    wait_for("a step", lambda: "is being computed" in told(explorer), 20)
+    assert 0 < explorer.progress.value < 200 and bytes(explorer.image.value).startswith(b"\x89PNG")
+    assert "after 200 steps" in told(explorer.wait()) and explorer.progress.value == 200
+    explorer.close()
+
+
+@pytest.mark.parametrize("model, n", [("digits-paper", 16), (DDDM(Halving((3, 32, 32)), VPSchedule()), 64)])
+def test_a_redraw_takes_less_than_a_tenth_of_a_second(model, n):
+    explorer, times = explore.StepExplorer(model, n=n, steps=20).wait(), []
+    for s in 2 * explore.log_steps(20):
+        began = time.perf_counter()
+        explorer.step.value = s
+        times.append(time.perf_counter() - began)
+    assert min(times[:20]) < 0.1 and sorted(times)[len(times) // 4] < 0.1                 # quartile: the machine may be busy
+
+
+def test_python_ends_while_a_trajectory_is_computed():
+    code = "from dddm import explore\nexplore.StepExplorer()\nprint('made')"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "made\n", "")
+
+
+def test_runs_are_found_and_opened(run):
+    explorer = explore.StepExplorer(runs=(run.parent, run.parent.parent / "nowhere"), n=2, steps=3).wait()
+    assert str(run) in [value for _, value in explorer.model.options]
+    explorer.model.value = str(run)
+    assert torch.equal(explorer.wait().trajectory.frames, explore.Trajectory(training.load(run), 2, steps=3).run().frames)
+    assert explore.StepExplorer(run, n=2, steps=3, runs=()).wait().trajectory is not None
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda folder: [p.unlink() for p in folder.rglob("*") if p.is_file()], "no config.json"),
+    (lambda folder: shutil.rmtree(folder / "checkpoints"), "no checkpoint yet"),
+    (lambda folder: [p.write_bytes(b"") for p in folder.rglob("ema.safetensors")], "damaged"),
+    (lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text().replace('"base": 16', '"base": 32')), "weights are of another network"),
+    (lambda folder: (folder / "config.json").write_text("{"), "Expecting property name"),
+])
+@pytest.mark.filterwarnings("ignore:checkpoint")
+def test_a_broken_run_is_a_message(run, tmp_path, damage, message):
+    shutil.copytree(run, tmp_path / "run")
+    damage(tmp_path / "run")
+    explorer = explore.StepExplorer(tmp_path / "run", n=2, steps=3).wait()
+    assert "dddm-wrong" in told(explorer) and message in told(explorer)
+    explorer.model.value = "digits-paper"                                   # and the reader goes on
+    assert "dddm-message" in told(explorer.wait())
+
+
+def test_images_of_another_shape_are_a_message():
+    explorer = explore.StepExplorer(halving(shape=(3, 16, 16)), n=2, steps=3, data=digits()).wait()
+    assert "(1, 8, 8)" in told(explorer) and "(3, 16, 16)" in told(explorer) and "dddm-wrong" in told(explorer)
+    for shape in (None, (2,), (2, 8, 8)): assert "dddm-wrong" in told(explore.StepExplorer(halving(shape=shape), n=2, steps=3).wait())
+
+
+def test_an_output_that_is_not_finite_is_a_message():
+    model = halving()
+    with torch.no_grad(): model.net.w.fill_(float("nan"))
+    assert "RuntimeError: the model&#x27;s output at step 1" in told(explore.StepExplorer(model, n=2, steps=3).wait())
+
+
+def test_points_of_another_dimension_are_a_message():
+    from dddm.pfode import GaussianMixture
+    explorer = explore.MixtureExplorer(GaussianMixture(torch.zeros(1, 2), [1.0], [1.0]), {"pictures": halving(), "points": halving(shape=(2,))}, n=5, steps=10)
+    assert "dddm-wrong" in told(explorer)
+    explorer.model.value = "points"
+    assert "dddm-message" in told(explorer) and bytes(explorer.image.value).startswith(b"\x89PNG")
+    explorer.n.value = -3
+    assert "n=-3" in told(explorer)
+
+
+# Figures and files
+
+def test_figures_are_matplotlib_figures():
+    from matplotlib.figure import Figure
+    t = explore.Trajectory(explore.shipped_model("digits-paper"), n=66, steps=5).run()
+    figure = explore.steps_figure(t, steps=(1, 5), data=digits())
+    assert isinstance(figure, Figure) and len(figure.axes) == 5 and "FD-digits" in figure.axes[-1].get_title()
+    assert isinstance(explore.distance_figure(100, 0.1), Figure)
+    with pytest.raises(ValueError, match="step=3 is not computed"): explore.steps_figure(explore.Trajectory(halving(), 2), steps=(3,))
+
+
+def test_gif_and_strip(tmp_path):
+    t = explore.Trajectory(halving(shape=(3, 8, 8)), n=3, steps=20).run()
+    with Image.open(explore.save_trajectory(t, tmp_path / "new" / "a.gif", images=2)) as gif:
+        assert gif.n_frames == len(t.at) and gif.info["loop"] == 0
+        stills = []
+        for k in (0, 3, len(t.at) - 1): gif.seek(k); stills.append(np.asarray(gif.convert("RGB"), dtype=int)[20:])
+    for still, k in zip(stills, (0, 3, len(t.at) - 1)):
+        assert abs(still - explore.grid(t.samples(t.at[k])[:2], 2, 6)).mean() < 12            # a GIF has 256 colours
+    with Image.open(explore.save_trajectory(t, tmp_path / "a.png", steps=(0, 1, 20))) as strip: pixels = np.asarray(strip)[20:]
+    x = torch.stack([t.samples(s)[i] for i in range(3) for s in (0, 1, 20)])
+    assert (pixels == explore.grid(x, 3, 6)).all()
+    for wrong in (dict(path=tmp_path / "a.jpg"), dict(path=tmp_path / "b.png", steps=(21,)), dict(path=tmp_path / "b.png", images=0)):
+        with pytest.raises(ValueError): explore.save_trajectory(t, **wrong)
+    assert not (tmp_path / "b.png").exists()
+
+
+# A browser
+
+class Page:
+    "One page of a headless Chromium, through the DevTools protocol."
+    def __init__(self, folder, url, size=(1200, 1100)):
+        import websocket
+        self.ids, self.log = itertools.count(1), []
+        self.process = subprocess.Popen([BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0", "--remote-allow-origins=*", f"--user-data-dir={folder}",
+                                         f"--window-size={size[0]},{size[1]}", "--hide-scrollbars", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        port = wait_for("the browser", lambda: (folder / "DevToolsActivePort").exists() and (folder / "DevToolsActivePort").read_text().split())[0]
+        pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
+        self.socket = websocket.create_connection(next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page"), timeout=600)
+        for domain in ("Page", "Runtime", "Log"): self.call(f"{domain}.enable")
+        self.call("Page.navigate", url=url)
+
+    def close(self):
+        self.socket.close()
+        self.process.terminate(); self.process.wait(30)
+
+    def call(self, method, **params):
+        number = next(self.ids)
+        self.socket.send(json.dumps(dict(id=number, method=method, params=params)))
+        while (answer := json.loads(self.socket.recv())).get("id") != number:
+            if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"): self.log.append(answer["params"])
+        if "error" in answer: raise RuntimeError(f"{method}: {answer['error']}")
+        return answer["result"]
+
+    def js(self, code):
+        "The value of a JavaScript expression, promises awaited."
+        result = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        if "exceptionDetails" in result: raise RuntimeError(f"{code}: {result['exceptionDetails']}")
+        return result["result"].get("value")
+
+    def box(self, element):
+        "[x, y, width, height] of an element, given as JavaScript."
+        return self.js(f"(r => [r.x, r.y, r.width, r.height])(({element}).getBoundingClientRect())")
+
+    def shot(self, path=None, box=None):
+        "A screenshot, whole or of a box, as uint8 [height, width, 3]; also written to `path`."
+        clip = {} if box is None else dict(clip=dict(x=box[0], y=box[1], width=box[2], height=box[3], scale=1))
+        blob = base64.b64decode(self.call("Page.captureScreenshot", format="png", **clip)["data"])
+        if path: path.write_bytes(blob)
+        return np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))
+
+    def mouse(self, kind, x, y): self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+
+    def drag(self, element, dx, moves=12):
+        "Drag the middle of an element by dx pixels."
+        x, y, w, h = self.box(element)
+        x, y = x + w / 2, y + h / 2
+        self.mouse("mouseMoved", x, y); self.mouse("mousePressed", x, y)
+        for i in range(1, moves + 1): self.mouse("mouseMoved", x + dx * i / moves, y)
+        self.mouse("mouseReleased", x + dx, y)
+
+    def key(self, key):
+        for kind in ("keyDown", "keyUp"): self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=dict(ArrowLeft=37, ArrowRight=39)[key])
+
+
+@contextlib.contextmanager
+def server(app, folder):
+    "A Jupyter server of its own on a loopback port; yields its address and token."
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    where = {f"JUPYTER_{k}_DIR": str(folder / k) for k in ("CONFIG", "DATA", "RUNTIME")}
+    quiet = folder / "CONFIG" / "labconfig"
+    quiet.mkdir(parents=True)
+    (quiet / "page_config.json").write_text(json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}))
+    command = [sys.executable, "-m", app, "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=explore",
+               f"--ServerApp.root_dir={folder}", "--expose-app-in-browser"]
+    with open(folder / "server.log", "w") as log: process = subprocess.Popen(command, cwd=folder, env={**os.environ, **where, "MPLBACKEND": ""}, stdout=log, stderr=subprocess.STDOUT)
+    def up():
+        if process.poll() is not None: pytest.fail((folder / "server.log").read_text()[-3000:])
+        with contextlib.suppress(OSError): return urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token=explore").status == 200
+    try:
+        wait_for(app, up)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try: process.wait(30)
+        except subprocess.TimeoutExpired: process.kill()
+
+
+PANEL = "[...jupyterapp.shell.widgets('main')].find(w => w.sessionContext)"
+
+
+def cell(containing):
+    "JavaScript: the number of the cell whose source has these words."
+    return f"{PANEL}.content.widgets.findIndex(c => c.model.sharedModel.source.includes({json.dumps(containing)}))"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH: apt-get install chromium")
+@pytest.mark.parametrize("app, path", [("jupyterlab", "lab/tree"), ("notebook", "notebooks")])
+def test_slider_in_a_browser(root, tmp_path, app, path):
+    "Run All; drag the slider, press its arrow keys: the picture changes, and nothing shows an error."
+    pytest.importorskip("websocket")
+    pytest.importorskip(app, reason=f"{app} is not installed")
+    shutil.copytree(root / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("[01][01]*.ipynb", "train.ipynb"))
+    with server(app, tmp_path) as address:
+        page = Page(tmp_path / "browser", f"{address}/{path}/nbs/12_explore.ipynb?token=explore")
+        try: drive(page, tmp_path)
+        finally:
+            page.shot(tmp_path / "last.png")
+            page.close()
+
+
+def drive(page, folder):
+    wait_for("the notebook", lambda: page.js(f"typeof jupyterapp !== 'undefined' && !!{PANEL}?.content?.widgets?.length"))
+    wait_for("a kernel", lambda: page.js(f"{PANEL}.sessionContext.session?.kernel?.status === 'idle'"))
+    page.js(f"jupyterapp.shell.activateById({PANEL}.id)")
+    page.js("jupyterapp.commands.execute('notebook:run-all-cells').then(() => 1)")
+    errors = page.js(f"{PANEL}.content.widgets.filter(c => c.model.type === 'code').flatMap(c => c.model.sharedModel.outputs).filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)")
+    assert errors == []
+    for name, source, moves in (("step", "explorer = StepExplorer()", (300, -120)), ("plane", "plane = MixtureExplorer(ring, models)", (250,)), ("panel", "panel = DistanceExplorer()", (-100,))):
+        number = page.js(cell(source))
+        node = f"{PANEL}.content.widgets[{number}].node"
+        page.js(f"(nb => {{ nb.activeCellIndex = {number}; nb.scrollToItem({number}, 'start') }})({PANEL}.content)")
+        wait_for("the widget", lambda: page.js(f"{node}.querySelector('img')?.width > 100"))
+        page.js(f"{node}.querySelector('.jp-OutputArea-output .widget-vbox').scrollIntoView()")
+        time.sleep(1)
+        picture, message, handle = f"{node}.querySelector('img')", f"{node}.querySelector('.dddm-message').textContent", f"{node}.querySelector('.noUi-handle')"
+        seen, told = [page.shot(box=page.box(picture))], [page.js(message)]
+        def changed(what):
+            def look():
+                shot, words = page.shot(box=page.box(picture)), page.js(message)
+                if words != told[-1] and (shot.shape != seen[-1].shape or (shot != seen[-1]).any()): seen.append(shot); told.append(words); return True
+            wait_for(f"{name}: another picture after {what}", look, 20)
+        for dx in moves:
+            page.drag(handle, dx)
+            changed(f"a drag by {dx} pixels")
+        page.shot(folder / f"{name}.png")
+        page.js(f"{handle}.focus()")
+        for key in ("ArrowLeft", "ArrowRight"):
+            page.key(key)
+            changed(key)
+        assert page.js(f"{node}.querySelectorAll('.dddm-wrong').length") == 0
+    assert page.js("document.querySelectorAll('.jp-RenderedText[data-mime-type=\"application/vnd.jupyter.stderr\"]').length") == 0
+    assert page.js("[...document.querySelectorAll('.jp-OutputArea-output')].filter(o => /Error displaying widget|Loading widget/.test(o.textContent)).length") == 0
