@@ -18,7 +18,9 @@ BEGIN, END = "<!-- results -->\n", "\n<!-- /results -->"
 
 def number(results: list) -> str:
     "Mean ± standard deviation over seeds, or the one number there is."
-    return f"{results[0].value:.3g}" if len(results) == 1 else "{:.3g} ± {:.1g}".format(*mean_std(results))
+    mean, std = mean_std(results) if len(results) > 1 else (results[0].value, None)
+    digits = 3 if mean < 1 else 1
+    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
 def section(path: pathlib.Path) -> str:
@@ -34,7 +36,7 @@ def section(path: pathlib.Path) -> str:
             for c in columns: check_kind(here[0][c], some[c])
             rows.append({"steps": steps, **{c: number([r[c] for r in here]) for c in columns}})
             seeds[steps] = len(here)
-        rows.append({"steps": "noise", **{c: f"{found['noise'][c].value:.3g}" if c in found["noise"] else "" for c in columns}})
+        rows.append({"steps": "noise", **{c: number([found["noise"][c]]) if c in found["noise"] else "" for c in columns}})
         rows.append({"steps": "real images, expected", **{c: "" if some[c].floor is None else f"{some[c].floor:.3g}" for c in columns}})
         r, real = some[about["distance"]], about["real"]
         most = max(seeds.values(), default=1)

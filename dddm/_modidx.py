@@ -42,6 +42,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'dddm.explore.DistanceExplorer.draw': ('explore.html#distanceexplorer.draw', 'dddm/explore.py'),
                               'dddm.explore.Explorer': ('explore.html#explorer', 'dddm/explore.py'),
                               'dddm.explore.Explorer.__init__': ('explore.html#explorer.__init__', 'dddm/explore.py'),
+                              'dddm.explore.Explorer.__repr__': ('explore.html#explorer.__repr__', 'dddm/explore.py'),
                               'dddm.explore.Explorer.fail': ('explore.html#explorer.fail', 'dddm/explore.py'),
                               'dddm.explore.Explorer.tell': ('explore.html#explorer.tell', 'dddm/explore.py'),
                               'dddm.explore.MixtureExplorer': ('explore.html#mixtureexplorer', 'dddm/explore.py'),

@@ -288,6 +288,8 @@ class Explorer(widgets.VBox):
         self.message = widgets.HTML()
         super().__init__()
 
+    def __repr__(self): return f"{type(self).__name__}: run this cell in JupyterLab to get the sliders"        # what is left of it on a page that runs no code
+
     def tell(self, text: str, wrong: bool = False) -> None:
         look = 'role="alert" class="dddm-wrong" style="color:#B00020' if wrong else 'role="status" class="dddm-message" style="color:inherit'
         self.message.value = f'<div {look}; line-height:1.4">{html.escape(text)}</div>'

@@ -26,7 +26,7 @@ from dddm.schedule import VPSchedule
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def wait_for(what, check, seconds=120):
+def wait_for(what, check, seconds=40):
     "The first true answer of `check`; fails naming `what` when there is none in time."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -368,14 +368,22 @@ def drive(page, folder):
         page.js(f"(nb => {{ nb.activeCellIndex = {number}; nb.scrollToItem({number}, 'start') }})({PANEL}.content)")
         wait_for("the widget", lambda: page.js(f"{node}.querySelector('img')?.width > 100"))
         page.js(f"{node}.querySelector('.jp-OutputArea-output .widget-vbox').scrollIntoView()")
-        time.sleep(1)
         picture, message, handle = f"{node}.querySelector('img')", f"{node}.querySelector('.dddm-message').textContent", f"{node}.querySelector('.noUi-handle')"
-        seen, told = [page.shot(box=page.box(picture))], [page.js(message)]
+        def look():
+            "The picture and the message beside it, once it has stayed in its place: JupyterLab moves cells about for a while."
+            def still():
+                before = page.box(picture)
+                time.sleep(0.5)
+                return before[2] > 100 and page.box(picture) == before and before
+            return page.shot(box=wait_for(f"{name}: a picture that stays in its place", still)), page.js(message)
+        seen = [look()]
         def changed(what):
-            def look():
-                shot, words = page.shot(box=page.box(picture)), page.js(message)
-                if words != told[-1] and (shot.shape != seen[-1].shape or (shot != seen[-1]).any()): seen.append(shot); told.append(words); return True
-            wait_for(f"{name}: another picture after {what}", look, 20)
+            def other():
+                shot, words = look()
+                if words == seen[-1][1] or shot.shape == seen[-1][0].shape and (shot == seen[-1][0]).all(): return False
+                seen.append((shot, words))
+                return True
+            wait_for(f"{name}: another picture after {what}", other, 30)
         for dx in moves:
             page.drag(handle, dx)
             changed(f"a drag by {dx} pixels")
