@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'WEIGHTS', 'SHIPPED', 'BLUE', 'ORANGE', 'GREEN', 'VERMILION
            'export_model', 'about_model', 'read_model', 'shipped_file', 'shipped', 'shipped_model', 'run_directories',
            'open_model', 'log_steps', 'Trajectory', 'Canvas', 'mark', 'png', 'Page', 'picture', 'check_images',
            'real_spacing', 'frechet_distances', 'curves', 'draw_curves', 'curves_figure', 'steps_figure', 'Explorer',
-           'number', 'choice', 'frame', 'step_slider', 'stop_all', 'StepExplorer', 'check_points', 'end_points',
+           'number', 'choice', 'put', 'step_slider', 'stop_all', 'StepExplorer', 'check_points', 'end_points',
            'mixture_figure', 'mixture_marks', 'MixtureExplorer', 'value_and_gradient', 'distance_panels',
            'eight_digits', 'noisy_digits', 'distance_marks', 'distance_figure', 'check_distance', 'DistanceExplorer',
            'captioned', 'save_trajectory', 'main']
@@ -15,6 +15,7 @@ __all__ = ['FORMAT', 'WEIGHTS', 'SHIPPED', 'BLUE', 'ORANGE', 'GREEN', 'VERMILION
 # %% ../nbs/12_explore.ipynb #12-explore-002
 import argparse
 import atexit
+import base64
 import html
 import io
 import json
@@ -303,7 +304,9 @@ def number(value: int, name: str) -> widgets.IntText: return widgets.IntText(val
 
 def choice(options, name: str, **more) -> widgets.Dropdown: return widgets.Dropdown(options=options, description=name, style=STYLE, layout=dict(width="auto"), **more)
 
-def frame() -> widgets.Image: return widgets.Image(format="png", layout=dict(max_width="100%", align_self="flex-start", object_fit="contain"))
+def put(frame: widgets.HTML, pixels, text: str) -> None:
+    "Show a picture in `frame`, with `text` for those who do not see it."
+    frame.value = f'<img decoding="sync" style="max-width:100%; display:block" alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png(pixels)).decode()}">'
 
 def step_slider(at: list[int]) -> tuple[widgets.SelectionSlider, widgets.Play]:
     "A slider over the steps `at`, and a button that plays through them."
@@ -338,7 +341,7 @@ class StepExplorer(Explorer):
         self.model, self.label = choice(options, "model", value=model), choice([("all in turn", None)], "class")
         self.seed, self.n, (self.step, self.play) = number(seed, "seed"), number(n, "images"), step_slider(log_steps(steps))
         self.progress = widgets.IntProgress(0, 0, steps, description="computed", style=STYLE, layout=dict(width="620px"))
-        self.image, self.curves, self.label.layout.display = frame(), frame(), "none"
+        self.image, self.curves, self.label.layout.display = widgets.HTML(), widgets.HTML(), "none"
         self.children = [widgets.HBox([self.model, self.label, self.seed, self.n]), widgets.HBox([self.play, self.step]), self.progress, self.message, self.image, self.curves]
         for control in (self.model, self.seed, self.n, self.label): control.observe(self.ask, "value")
         self.step.observe(self.draw, "value")
@@ -414,8 +417,8 @@ def draw(self: StepExplorer, change=None) -> None:
     with self.lock:
         if (t := self.trajectory) is None: return
         step = max(s for s in t.at if s <= min(self.step.value, t.done))
-        self.image.value = png(picture(t, step))
-        if self.canvas: self.curves.value = png(self.canvas.marked([(panel, step) for panel in range(len(self.canvas.axes))]))
+        put(self.image, picture(t, step), f"{t.n} samples after {step} steps")
+        if self.canvas: put(self.curves, self.canvas.marked([(panel, step) for panel in range(len(self.canvas.axes))]), "curves over the number of steps: " + ", ".join(ax.get_title() for ax in self.canvas.axes))
         what = f"the last one moved an image by {t.moved[step - 1]:.3g}, on average" if step else "the noise that the first estimate is"
         waiting = f" Step {self.step.value:,} is being computed." if step < self.step.value else ""
         self.tell(f"{t.n:,} image{'s' * (t.n > 1)} after {step:,} step{'s' * (step != 1)}: {what}.{waiting}")
@@ -465,7 +468,7 @@ class MixtureExplorer(Explorer):
         super().__init__()
         self.mixture, self.models, self.steps, self.trajectory = mixture, models, steps, None
         self.model, self.seed, self.n, (self.step, self.play) = choice(list(models), "model"), number(seed, "seed"), number(n, "points"), step_slider(log_steps(steps))
-        self.image = frame()
+        self.image = widgets.HTML()
         self.children = [widgets.HBox([self.model, self.seed, self.n]), widgets.HBox([self.play, self.step]), self.message, self.image]
         for control in (self.model, self.seed, self.n): control.observe(self.compute, "value")
         self.step.observe(self.draw, "value")
@@ -487,7 +490,7 @@ class MixtureExplorer(Explorer):
     def draw(self, change=None) -> None:
         if self.trajectory is None: return
         step, x = self.step.value, self.trajectory.samples(self.step.value)
-        self.image.value = png(self.canvas.marked(**mixture_marks(self.trajectory, step)))
+        put(self.image, self.canvas.marked(**mixture_marks(self.trajectory, step)), f"{len(x)} points after {step} steps, the modes and the exact end points; distances over steps")
         self.tell(f"{len(x)} points after {step:,} step{'s' * (step != 1)}: on average {(x - self.ends).norm(dim=1).mean():.3g} from their exact end points.")
 
 # %% ../nbs/12_explore.ipynb #12-explore-055
@@ -560,7 +563,7 @@ class DistanceExplorer(Explorer):
         self.c = widgets.FloatLogSlider(c, min=-4, max=1, step=0.05, description="c", style=STYLE, layout=layout, readout_format=".2g")
         figure = Figure(figsize=(7.75, 2.9), dpi=80, layout="constrained")
         distance_panels(figure.subplots(1, 3), self.schedule)
-        self.canvas, self.image, self.curves = Canvas(figure), frame(), frame()
+        self.canvas, self.image, self.curves = Canvas(figure), widgets.HTML(), widgets.HTML()
         self.children = [self.t, self.c, self.message, self.image, self.curves]
         for slider in (self.t, self.c): slider.observe(self.draw, "value")
         self.draw()
@@ -568,8 +571,8 @@ class DistanceExplorer(Explorer):
     def draw(self, change=None) -> None:
         try:
             (x_t, sizes), t, c = noisy_digits(self.t.value, self.schedule), self.t.value, self.c.value
-            self.image.value = png(grid(x_t, len(x_t), 8))
-            self.curves.value = png(self.canvas.marked(**distance_marks(sizes, t, c)))
+            put(self.image, grid(x_t, len(x_t), 8), f"eight digits at t = {t}")
+            put(self.curves, self.canvas.marked(**distance_marks(sizes, t, c)), "pseudo distances and their gradients over the size of the difference; the forward process over t")
             self.tell(f"t = {t}: a digit is {sizes[0].mean():.3g} away from its clean self in pixels; pseudo-Huber at c = {c:.2g} makes that {pseudo(sizes[0], c).mean():.3g}.")
         except Exception as e: self.fail(e)
 

@@ -46,14 +46,14 @@ from . import data as images
 from .features import trunk
 from .losses import distance, refuse_unknown
 from .model import DDDM
-from .objectives import OBJECTIVES, Part, assemble, estimate_of, needs_store
+from .objectives import OBJECTIVES, RUNGS, Part, assemble, estimate_of, needs_store
 from .sampling import at_steps, save_grid
 from .schedule import VPSchedule
 from .store import EstimateStore
 from .unet import UNet
 
 # %% ../nbs/09_training.ipynb #09-training-005
-CHOICES = dict(objective=tuple(OBJECTIVES), on_error=("stop", "skip"), precision=("auto", "float32", "bfloat16"), device=("auto", "cpu"),
+CHOICES = dict(objective=tuple(OBJECTIVES), rungs=RUNGS, on_error=("stop", "skip"), precision=("auto", "float32", "bfloat16"), device=("auto", "cpu"),
                store_dtype=("float32", "float16", "bfloat16", "uint8"))
 NET_FIELDS = tuple(k for k in inspect.signature(UNet).parameters if k not in ("shape", "classes"))
 RESUMABLE = ("epochs", "device", "log_every", "checkpoint_every", "sample_every", "data_path", "download", "on_error")   # may differ when a run goes on
@@ -66,7 +66,7 @@ class TrainConfig:
     data, data_path: what `dddm.data.load` takes; download: allow it to fetch CIFAR-10; on_error: "stop" at a bad image, or "skip" it; resize: scale, crop and recolour other images to shape (else they stop the run); shape: (C, H, W); classes: number of labels, None = unconditional.
     net: arguments of `dddm.unet.UNet` beyond shape and classes. T, beta_min, beta_max: the schedule.
     objective: what a step computes, "paper" is equation (5); estimate: what fills the estimate in training, None is the objective's own (see
-    `dddm.objectives`); levels: fewest and most noise levels of the consistency objectives. distance, c, distance_options: $d$, as `dddm.losses.distance` takes them.
+    `dddm.objectives`); levels: fewest and most noise levels of the consistency objectives; rungs: how those are drawn. distance, c, distance_options: $d$, as `dddm.losses.distance` takes them.
     epochs, batch: passes over the data; samples in a step, over all devices together. lr: Adam's constant rate.
     ema: decay of the weights' average; ema_warmup: use min(ema, (1+step)/(10+step)), so that a short run is not all start.
     flip: mirror images at random. store_dtype, store_path: the estimate store's number format; a file to hold it, or None for memory.
@@ -89,6 +89,7 @@ class TrainConfig:
     objective: str = "paper"
     estimate: str | None = None
     levels: tuple = (10, 80)
+    rungs: str = "lognormal"
     distance: str = "pseudo_huber"
     c: float = 0.0
     distance_options: dict = field(default_factory=dict)
@@ -392,7 +393,7 @@ def accumulate(run: Run, index: torch.Tensor, draws: tuple, total: int, seed: in
     stored = None if run.store is None else mirror(run.store.read(index).to(run.device))
     part = Part(mirror(x0.to(run.device)), stored, t, noise, first, again, u, label.to(run.device) if c.classes is not None else None,
                 progress=run.done / run.steps, epoch=run.epoch, seed=seed)
-    d, row, t = OBJECTIVES[c.objective][0](run.model, run.d, run.bare.schedule, part, estimate=estimate_of(c.objective, c.estimate), level_range=c.levels)
+    d, row, t = OBJECTIVES[c.objective][0](run.model, run.d, run.bare.schedule, part, estimate=estimate_of(c.objective, c.estimate), level_range=c.levels, rungs=c.rungs)
     loss = d.sum()
     if not math.isfinite(loss.item()): raise FloatingPointError(not_finite(run, f"the loss is {loss.item()}", index))
     run.accelerator.backward(loss * (run.world / total))
@@ -535,7 +536,7 @@ def seconds_per_image(run: Run, n: int = 32) -> float:
     x0, label = run.data.get(torch.arange(n))
     x0, t, half = x0.to(run.device), torch.full((n,), c.T, device=run.device), torch.full((n,), 0.5, device=run.device)
     part = Part(x0, x0, t, torch.zeros_like(x0), x0, torch.arange(n, device=run.device) % 2 == 0, half, label.to(run.device) if c.classes is not None else None)
-    options = dict(estimate=estimate_of(c.objective, c.estimate), level_range=c.levels)
+    options = dict(estimate=estimate_of(c.objective, c.estimate), level_range=c.levels, rungs=c.rungs)
     for _ in range(2):                                           # the first pass warms up
         begin = time.perf_counter()
         with run.accelerator.autocast(): d, *_ = OBJECTIVES[c.objective][0](model, run.d, run.bare.schedule, part, **options)
