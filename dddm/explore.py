@@ -82,7 +82,8 @@ def read_model(path) -> DDDM:
 # %% ../nbs/12_explore.ipynb #12-explore-007
 WEIGHTS = Path(training.__file__).parent / "weights"
 SHIPPED = {  # name: (file, sha256)
-    "digits-paper": ("model-paper.safetensors", "19d29e53b6327f4380adc707d855068ce43786aed3c07ae2b81e529121f3305a"),
+    "digits-paper": ("model-paper.safetensors", "13cec716ba9db8832a89082753e3ac4a52adaef16dcc436bf25cb224204dc3ee"),
+    "digits-consistency": ("model-consistency.safetensors", "530212358602542c3853ba9a84670aa926bade883df0bd247cfda32904ff6732"),
 }
 
 def shipped_file(name: str) -> Path:

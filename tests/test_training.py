@@ -266,11 +266,11 @@ def test_flipped_samples_keep_the_store_in_one_orientation(tmp_path, monkeypatch
     "At t = 1 and F = 0 an estimate is its image. In the second epoch a mirrored image must meet its estimate mirrored, and the store hold it as the data have it."
     seen = []
 
-    def watch(model, d, schedule, x0, estimate, t, noise, label):
-        seen.append((x0, estimate))
-        return original(model, d, schedule, x0, estimate, t, noise, label)
-    original = training.paper
-    monkeypatch.setattr(training, "paper", watch)
+    def watch(model, d, schedule, part, **options):
+        seen.append((part.x0, part.estimate))
+        return original(model, d, schedule, part, **options)
+    original, *others = training.OBJECTIVES["paper"]
+    monkeypatch.setitem(training.OBJECTIVES, "paper", (watch, *others))
     monkeypatch.setattr(training, "draw", lambda c, step, n, device: (torch.ones(n, dtype=torch.long), torch.zeros(n, *c.shape), torch.arange(n) % (2 + step) == 0))
     run = train(TrainConfig(**{**TINY, "epochs": 2, "batch": 1797, "flip": True, "store_dtype": "float32", "lr": 1e-12, "log_every": 1}), tmp_path / "run", progress=False)
     pixels = digits().get(torch.arange(1797))[0]
