@@ -309,13 +309,19 @@ def put(frame: widgets.HTML, pixels, text: str) -> None:
     "Show a picture in `frame`, with `text` for those who do not see it."
     frame.value = f'<img decoding="sync" style="max-width:100%; display:block" alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png(pixels)).decode()}">'
 
-def step_slider(at: list[int]) -> tuple[widgets.SelectionSlider, widgets.Play]:
-    "A slider over the steps `at`, and a button that plays through them."
+def step_slider(at: list[int]) -> tuple[widgets.SelectionSlider, widgets.Play, widgets.BoundedIntText]:
+    "A slider over the steps `at`, a button that plays through them, and a field to type a number of steps into, which becomes the nearest in `at`."
     options = [("0 (noise)" if s == 0 else f"{s:,}", s) for s in at]
-    slider = widgets.SelectionSlider(options=options, value=1, description="steps", layout=dict(width="480px"), style=STYLE)
+    slider = widgets.SelectionSlider(options=options, value=1, description="steps", layout=dict(width="400px"), style=STYLE)
     play = widgets.Play(max=len(at) - 1, value=1, interval=120)
     widgets.link((play, "value"), (slider, "index"))
-    return slider, play
+    field = widgets.BoundedIntText(1, 0, at[-1], description="go to", style=STYLE, layout=dict(width="120px"))
+    slider.observe(lambda change: field.set_trait("value", change["new"]), "value")
+    def typed(change):
+        slider.value = min(at, key=lambda s: abs(s - change["new"]))
+        field.value = slider.value
+    field.observe(typed, "value")
+    return slider, play, field
 
 # %% ../nbs/12_explore.ipynb #12-explore-031
 RUNNING = weakref.WeakSet()
@@ -340,10 +346,10 @@ class StepExplorer(Explorer):
         options = [(f"shipped: {k}", k) for k in SHIPPED] + [(f"run: {p}", str(p)) for p in run_directories(runs)]
         if model not in [v for _, v in options]: options.insert(0, ("the given model" if isinstance(model, DDDM) else str(model), model))
         self.model, self.label = choice(options, "model", value=model), choice([("all in turn", None)], "class")
-        self.seed, self.n, (self.step, self.play) = number(seed, "seed"), number(n, "images"), step_slider(log_steps(steps))
+        self.seed, self.n, (self.step, self.play, self.go_to) = number(seed, "seed"), number(n, "images"), step_slider(log_steps(steps))
         self.progress = widgets.IntProgress(0, 0, steps, description="computed", style=STYLE, layout=dict(width="620px"))
         self.image, self.curves, self.label.layout.display = widgets.HTML(), widgets.HTML(), "none"
-        self.children = [widgets.HBox([self.model, self.label, self.seed, self.n]), widgets.HBox([self.play, self.step]), self.progress, self.message, self.image, self.curves]
+        self.children = [widgets.HBox([self.model, self.label, self.seed, self.n]), widgets.HBox([self.play, self.step, self.go_to]), self.progress, self.message, self.image, self.curves]
         for control in (self.model, self.seed, self.n, self.label): control.observe(self.ask, "value")
         self.step.observe(self.draw, "value")
         RUNNING.add(self)
@@ -468,9 +474,9 @@ class MixtureExplorer(Explorer):
     def __init__(self, mixture, models: dict, n: int = 200, seed: int = 0, steps: int = 1000):
         super().__init__()
         self.mixture, self.models, self.steps, self.trajectory = mixture, models, steps, None
-        self.model, self.seed, self.n, (self.step, self.play) = choice(list(models), "model"), number(seed, "seed"), number(n, "points"), step_slider(log_steps(steps))
+        self.model, self.seed, self.n, (self.step, self.play, self.go_to) = choice(list(models), "model"), number(seed, "seed"), number(n, "points"), step_slider(log_steps(steps))
         self.image = widgets.HTML()
-        self.children = [widgets.HBox([self.model, self.seed, self.n]), widgets.HBox([self.play, self.step]), self.message, self.image]
+        self.children = [widgets.HBox([self.model, self.seed, self.n]), widgets.HBox([self.play, self.step, self.go_to]), self.message, self.image]
         for control in (self.model, self.seed, self.n): control.observe(self.compute, "value")
         self.step.observe(self.draw, "value")
         self.compute()

@@ -151,6 +151,16 @@ def test_only_what_was_asked_for_last_is_shown():
     explorer.close()
 
 
+def test_a_number_typed_beside_the_slider_becomes_the_nearest_kept_step():
+    explorer = explore.StepExplorer(halving(), n=2, steps=200).wait()
+    explorer.go_to.value = 57
+    kept = explore.log_steps(200)
+    assert explorer.step.value == explorer.go_to.value == min(kept, key=lambda s: abs(s - 57)) and f"after {explorer.step.value} steps" in told(explorer)
+    explorer.step.value = 5
+    assert explorer.go_to.value == 5
+    explorer.close()
+
+
 def test_while_computing_the_last_computed_step_is_drawn():
     explorer = explore.StepExplorer(halving(seconds=0.02), n=2, steps=200)
     explorer.step.value = 200
@@ -349,13 +359,13 @@ def test_slider_in_a_browser(root, tmp_path, app, path):
     shutil.copytree(root / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("[01][01]*.ipynb", "train.ipynb"))
     with server(app, tmp_path) as address:
         page = Page(tmp_path / "browser", f"{address}/{path}/nbs/12_explore.ipynb?token=explore")
-        try: drive(page, tmp_path)
+        try: drive(page, tmp_path, arrows=app == "jupyterlab")
         finally:
             page.shot(tmp_path / "last.png")
             page.close()
 
 
-def drive(page, folder):
+def drive(page, folder, arrows):
     wait_for("the notebook", lambda: page.js(f"typeof jupyterapp !== 'undefined' && !!{PANEL}?.content?.widgets?.length"))
     wait_for("a kernel", lambda: page.js(f"{PANEL}.sessionContext.session?.kernel?.status === 'idle'"))
     page.js(f"jupyterapp.shell.activateById({PANEL}.id)")
@@ -388,8 +398,12 @@ def drive(page, folder):
             page.drag(handle, dx)
             changed(f"a drag by {dx} pixels")
         page.shot(folder / f"{name}.png")
+        if name != "panel":
+            field = f"{node}.querySelectorAll('.widget-text input[type=number]')"
+            page.js(f"(f => {{ f.focus(); f.value = '3'; for (const e of ['input', 'change']) f.dispatchEvent(new Event(e, {{bubbles: true}})) }})([...{field}].at(-1))")
+            changed("a number in the field")
         page.js(f"{handle}.focus()")
-        for key in ("ArrowLeft", "ArrowRight"):
+        for key in ("ArrowLeft", "ArrowRight") if arrows else ():      # Notebook 7 does not let them through
             page.key(key)
             changed(key)
         assert page.js(f"{node}.querySelectorAll('.dddm-wrong').length") == 0
