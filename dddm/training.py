@@ -64,16 +64,10 @@ class TrainConfig:
     r"""What one run of algorithm 1 is. Fields, with the paper's symbols:
 
     data, data_path: what `dddm.data.load` takes; download: allow it to fetch CIFAR-10; on_error: "stop" at a bad image, or "skip" it; resize: scale, crop and recolour other images to shape (else they stop the run); shape: (C, H, W); classes: number of labels, None = unconditional.
-    net: arguments of `dddm.unet.UNet` beyond shape and classes. T, beta_min, beta_max: the schedule.
-    objective: what a step computes, "paper" is equation (5); estimate: what fills the estimate in training, None is the objective's own (see
-    `dddm.objectives`); levels: fewest and most noise levels of the consistency objectives; rungs: how those are drawn. distance, c, distance_options: $d$, as `dddm.losses.distance` takes them.
-    epochs, batch: passes over the data; samples in a step, over all devices together. lr: Adam's constant rate.
-    ema: decay of the weights' average; ema_warmup: use min(ema, (1+step)/(10+step)), so that a short run is not all start.
-    flip: mirror images at random. store_dtype, store_path: the estimate store's number format; a file to hold it, or None for memory.
-    seed: every random draw follows from it.
-    micro_batch: most samples in one forward pass of one device (None: the whole share); precision: "float32", "bfloat16" (autocast)
-    or "auto", which is bfloat16 on CUDA; compile: torch.compile the network; device: "cpu", or "auto", which is CUDA where there is a GPU.
-    log_every, checkpoint_every, sample_every: in steps (sample_every 0: no grids).
+    net: arguments of `dddm.unet.UNet` beyond shape and classes. T, beta_min, beta_max: the schedule. objective: what a step computes, "paper" is equation (5); estimate: what fills the estimate in training, None is the objective's own (see `dddm.objectives`); levels: fewest and most noise levels of the consistency objectives; rungs: how those are drawn. distance, c, distance_options: $d$, as `dddm.losses.distance` takes them.
+    epochs, batch: passes over the data; samples in a step, over all devices together. lr: Adam's constant rate. ema: decay of the weights' average; ema_warmup: use min(ema, (1+step)/(10+step)), so that a short run is not all start.
+    flip: mirror images at random. store_dtype, store_path: the estimate store's number format; a file to hold it, or None for memory. seed: every random draw follows from it.
+    micro_batch: most samples in one forward pass of one device (None: the whole share); precision: "float32", "bfloat16" (autocast) or "auto", which is bfloat16 on CUDA; compile: torch.compile the network; device: "cpu", or "auto", which is CUDA where there is a GPU. log_every, checkpoint_every, sample_every: in steps (sample_every 0: no grids).
     """
     data: str = "digits"
     data_path: str | None = None
