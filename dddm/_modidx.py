@@ -139,6 +139,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'dddm.losses.pseudo_huber': ('losses.html#pseudo_huber', 'dddm/losses.py'),
                              'dddm.losses.pseudo_huber_c': ('losses.html#pseudo_huber_c', 'dddm/losses.py'),
                              'dddm.losses.pseudo_lpips': ('losses.html#pseudo_lpips', 'dddm/losses.py'),
+                             'dddm.losses.published_file': ('losses.html#published_file', 'dddm/losses.py'),
                              'dddm.losses.refuse_unknown': ('losses.html#refuse_unknown', 'dddm/losses.py'),
                              'dddm.losses.root': ('losses.html#root', 'dddm/losses.py'),
                              'dddm.losses.squared_l2': ('losses.html#squared_l2', 'dddm/losses.py'),

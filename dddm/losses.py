@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRUNKS', 'RANDOM', 'PERCEPTUAL', 'DISTANCES', 'l1', 'l2', 'squared_l2', 'pseudo', 'pseudo_huber_c', 'check_pair',
-           'PixelDistance', 'pseudo_huber', 'trunk_file', 'lpips_parts', 'load_trunk', 'freeze', 'unit_channels',
-           'PerceptualDistance', 'root', 'pseudo_lpips', 'refuse_unknown', 'distance']
+           'PixelDistance', 'pseudo_huber', 'published_file', 'trunk_file', 'lpips_parts', 'load_trunk', 'freeze',
+           'unit_channels', 'PerceptualDistance', 'root', 'pseudo_lpips', 'refuse_unknown', 'distance']
 
 # %% ../nbs/04_losses.ipynb #04-losses-003
 import copy
@@ -79,25 +79,31 @@ TRUNKS = {  # net: torchvision's file, and the smallest image side that its laye
     "squeeze": ("squeezenet1_1-b8a52dc0.pth", 17),
 }
 
-def trunk_file(net: str, weights=None) -> Path:
-    """The file with torchvision's weights for `net` (a key of `TRUNKS`): `weights` if given, else in torch's hub folder
-    ($TORCH_HOME/hub/checkpoints), downloaded there if need be. `FileNotFoundError` when it cannot be had, `ValueError` when a file
-    of torchvision's name has not the SHA-256 that the name promises."""
-    name = TRUNKS[net][0]
-    url = f"https://download.pytorch.org/models/{name}"
-    path = Path(weights) if weights is not None else Path(torch.hub.get_dir()) / "checkpoints" / name
+def published_file(url: str, weights=None, wanted_by: str = "this", otherwise: str = "") -> Path:
+    """The file of weights that is published at `url`: `weights` if given, else in torch's hub folder ($TORCH_HOME/hub/checkpoints), downloaded there if
+    need be. Its name ends in the first digits of its SHA-256, as torch's hub has it.
+
+    `FileNotFoundError` when it cannot be had; its message says who wants it (`wanted_by`), where to put it, and what to do `otherwise`.
+    `ValueError` when a file of the published name has not the SHA-256 that the name promises.
+    """
+    name = url.rsplit("/", 1)[-1]
+    path = Path(weights).expanduser() if weights is not None else Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         if weights is not None: raise FileNotFoundError(f"weights={str(weights)!r} is not a file; it should be a copy of {url}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
         except OSError as err:
-            raise FileNotFoundError(f"net={net!r} needs {name}: not in {path.parent}, and {url} cannot be fetched ({err}). Put the file there, "
-                                    "or pass its path as the option weights, or take a distance that needs none, such as pseudo_huber") from err
+            raise FileNotFoundError(f"{wanted_by} needs {name}: not in {path.parent}, and {url} cannot be fetched ({err}). Put the file there, "
+                                    f"or pass its path as the option weights, or take {otherwise}") from err
     with open(path, "rb") as f:
-        if path.name == name and hashlib.file_digest(f, "sha256").hexdigest()[:8] != path.stem.split("-")[-1]:
+        if path.name == name and not hashlib.file_digest(f, "sha256").hexdigest().startswith(path.stem.split("-")[-1]):
             raise ValueError(f"{path} is damaged: its SHA-256 does not start as its name says. Delete it and fetch {url} again")
     return path
+
+def trunk_file(net: str, weights=None) -> Path:
+    "`published_file` with torchvision's weights for `net`, a key of `TRUNKS`."
+    return published_file(f"https://download.pytorch.org/models/{TRUNKS[net][0]}", weights, f"net={net!r}", "a distance that needs none, such as pseudo_huber")
 
 # %% ../nbs/04_losses.ipynb #04-losses-027
 RANDOM = "random-for-tests"

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from . import __version__
 from .data import Images, cache_folder, load
 from .features import FEATURES, network
-from .losses import trunk_file
+from .losses import published_file, trunk_file
 from .sampling import check_count
 from .store import encode
 
@@ -94,20 +94,8 @@ def sha256(path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def inception_file(weights=None) -> Path:
-    """torch-fidelity's file of FID's Inception weights: `weights` if given, else in torch's hub folder ($TORCH_HOME/hub/checkpoints), downloaded there if
-    need be. `FileNotFoundError` where it cannot be had, `ValueError` where a file of its name has not the SHA-256 that the name promises."""
-    path = Path(weights).expanduser() if weights is not None else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
-    if not path.is_file():
-        if weights is not None: raise FileNotFoundError(f"weights={str(weights)!r} is not a file; it should be a copy of {INCEPTION_URL}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, str(path))
-        except OSError as e:
-            raise FileNotFoundError(f"extractor='inception' needs {INCEPTION}: not in {path.parent}, and {INCEPTION_URL} cannot be fetched ({e}). Put the file there, or "
-                                    "pass its path as weights=, or take an extractor that ships with dddm: 'digits' or 'cifar'") from e
-    if path.name == INCEPTION and not sha256(path).startswith("6726825d"):
-        raise ValueError(f"{path} is damaged: its SHA-256 does not start as its name says. Delete it and fetch {INCEPTION_URL} again")
-    return path
+    "`published_file` with torch-fidelity's copy of FID's Inception weights."
+    return published_file(INCEPTION_URL, weights, "extractor='inception'", "an extractor that ships with dddm: 'digits' or 'cifar'")
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-022
 class NetExtractor(FeatureExtractorBase):

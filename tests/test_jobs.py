@@ -73,3 +73,37 @@ def test_benchmark(root, tmp_path):
     done = papermill(root, "benchmark.ipynb", tmp_path / "out.ipynb", f"out: {tmp_path / 'benchmark.json'}, rounds: 1, big: false")
     assert done.returncode == 0, done.stderr[-3000:]
     assert {"machine", "loop digits", "sampling", "GFLOP an image"} <= json.loads((tmp_path / "benchmark.json").read_text()).keys()
+
+
+@pytest.mark.parametrize("notebook, parameters, lines", [
+    ("compare.ipynb", "arms: [paper, regression], long_arms: [paper], long_steps: 4", [("paper", 1), ("paper", 2), ("paper", 4), ("regression", 1), ("regression", 2)]),
+    ("ablate.ipynb", "parts: [c, T], objectives: [paper], c_values: [0.1], T_values: [100, 200]", [("paper, lpips", 1), ("paper, lpips", 2), ("paper, pseudo_lpips, c = 0.1", 1), ("paper, pseudo_lpips, c = 0.1", 2),
+                                                                                           ("T = 100, 1 epochs", 1), ("T = 100, 1 epochs", 2), ("T = 200, 1 epochs", 1), ("T = 200, 1 epochs", 2), ("T = 200, 2 epochs", 1), ("T = 200, 2 epochs", 2)]),
+])
+def test_a_job_of_many_runs_does_each_once(root, tmp_path, notebook, parameters, lines):
+    "Every arm is trained and scored; started again, the job reads what is there and trains only what is missing."
+    small = SMALL.replace("epochs: 1, ", "")
+    parameters = f"train: true, out: {tmp_path / 'runs'}, results: {tmp_path / 'r.json'}, seeds: [0], epochs: 1, n: 64, steps: [1, 2], {parameters}, {small}"
+    done = papermill(root, notebook, tmp_path / "out.ipynb", parameters)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert sorted((r.get("name", r.get("arm")), r["steps"]) for r in first) == sorted(lines)
+    assert all(np.isfinite(r["fd"]) and r["fd"] > 0 for r in first)
+    pieces = sorted((tmp_path / "runs").glob("*.json"))
+    times = {p: p.stat().st_mtime_ns for p in pieces}
+    pieces[0].unlink()                                                  # as if the job had been stopped before this one was written
+    again = papermill(root, notebook, tmp_path / "again.ipynb", parameters)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert [p for p in pieces if p.stat().st_mtime_ns != times[p]] == pieces[:1]
+    assert [(r["steps"], r["fd"]) for r in json.loads((tmp_path / "r.json").read_text())["rows"]] == [(r["steps"], r["fd"]) for r in first]
+
+
+@pytest.mark.parametrize("notebook, parameters, message", [
+    ("compare.ipynb", "arms: [papr]", "did you mean paper"),
+    ("ablate.ipynb", "parts: [d]", "Known: distance, c, T"),
+    ("ablate.ipynb", "c_values: [-1]", "expected a finite number >= 0"),
+    ("ablate.ipynb", "seed: 1", "unknown parameter seed"),
+])
+def test_a_job_of_many_runs_refuses_before_any_work(root, tmp_path, notebook, parameters, message):
+    done = papermill(root, notebook, tmp_path / "out.ipynb", f"train: true, out: {tmp_path / 'runs'}, {parameters}")
+    assert done.returncode == 1 and message in done.stderr.replace("'", "") and not (tmp_path / "runs").exists()

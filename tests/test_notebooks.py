@@ -7,7 +7,7 @@ import nbformat
 import pytest
 
 NBS = pathlib.Path(__file__).resolve().parents[1] / "nbs"
-JOBS = {"train", "benchmark", "classifiers", "compare", "evaluate"}                  # papermill jobs, minutes each: tests/test_jobs.py runs them, at a small size
+JOBS = {"ablate", "train", "benchmark", "classifiers", "compare", "evaluate"}                  # papermill jobs, minutes each: tests/test_jobs.py runs them, at a small size
 RUN = "import sys; from nbdev.test import test_nb; ok, _ = test_nb(sys.argv[1], skip_flags=['notest'], force_flags=['slow'], basepath=sys.argv[2]); sys.exit(not ok)"
 
 
