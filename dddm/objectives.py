@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ESTIMATES', 'RUNGS', 'OBJECTIVES', 'SAMPLERS', 'RENOISE_STREAM', 'Part', 'inner', 'fill', 'self_conditioned', 'paper',
-           'published_code', 'sigma', 'levels', 'level_count', 'ladder', 'consistency', 'Boundary', 'estimate_of',
-           'needs_store', 'assemble', 'times_down', 'from_noise', 'generate']
+           'published_code', 'sigma', 'levels', 'level_count', 'spaced', 'ladder', 'consistency', 'Boundary',
+           'estimate_of', 'needs_store', 'assemble', 'times_down', 'from_noise', 'generate']
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-003
 import math
@@ -94,11 +94,14 @@ def sigma(schedule: VPSchedule) -> torch.Tensor:
     return ((1 - schedule.alphas_bar) / schedule.alphas_bar).sqrt()
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-028
-def levels(schedule: VPSchedule, n: int, rho: float = 7.0) -> torch.Tensor:
-    r"""At most n + 1 times from 0 to T, long, ascending: 0, then n whose $\sigma^{1/\rho}$ is evenly spaced (Karras et al. 2022), rounded to the schedule's grid."""
-    root = sigma(schedule) ** (1 / rho)                      # compared as roots: taking the power again would round past the first and last level
-    wanted = torch.linspace(root[1].item(), root[-1].item(), n, dtype=torch.float64)
-    return torch.cat([torch.zeros(1, dtype=torch.long), torch.searchsorted(root, wanted).clamp(1, schedule.T).unique()])
+def levels(schedule: VPSchedule, n: int, rho: float | None = 7.0) -> torch.Tensor:
+    r"""At most n + 1 times from 0 to T, long, ascending: 0, then n whose $\sigma^{1/\rho}$ is evenly spaced (Karras et al. 2022), rounded to the schedule's grid.
+
+    rho None: evenly spaced in the angle $\theta = \arctan\sigma$ instead, in which $x_t = \cos\theta\,x_0 + \sin\theta\,\epsilon$ turns from data to noise.
+    """
+    scale = sigma(schedule).atan() if rho is None else sigma(schedule) ** (1 / rho)      # compared as they are: taking the inverse would round past the first and last level
+    wanted = torch.linspace(scale[1].item(), scale[-1].item(), n, dtype=torch.float64)
+    return torch.cat([torch.zeros(1, dtype=torch.long), torch.searchsorted(scale, wanted).clamp(1, schedule.T).unique()])
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-033
 def level_count(progress: float, least: int, most: int) -> int:
@@ -106,28 +109,36 @@ def level_count(progress: float, least: int, most: int) -> int:
     return min(most, least * 2 ** int(progress * (math.log2(most / least) + 1)))
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-034
-RUNGS = ("lognormal", "uniform")
+RUNGS = ("lognormal", "uniform", "rising")
 
 @lru_cache(maxsize=16)
-def ladder(T: int, beta_min: float, beta_max: float, n: int, rungs: str = "lognormal") -> tuple[torch.Tensor, torch.Tensor]:
-    r"""The levels, and the distribution over their intervals as a cumulative sum from 0 to 1, float64.
+def spaced(T: int, beta_min: float, beta_max: float, n: int, rho: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    "`levels`, and their noise over signal."
+    schedule = VPSchedule(T, beta_min, beta_max)
+    times = levels(schedule, n, rho)
+    return times, sigma(schedule)[times]
 
-    rungs: "lognormal" is $\ln\sigma \sim N(-1.1, 2^2)$ (Song & Dhariwal 2023); "uniform" draws every interval equally often.
+def ladder(T: int, beta_min: float, beta_max: float, n: int, rungs: str = "lognormal", progress: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    r"""n levels [m + 1], m <= n; the distribution over their intervals as a cumulative sum from 0 to 1, float64 [m + 1]; and each interval's weight, float64 [m].
+
+    rungs: "lognormal" is $\ln\sigma \sim N(-1.1, 2^2)$, weight $1/\Delta\sigma$ (Song & Dhariwal 2023); "uniform" draws every interval equally often, with the same weight;
+    "rising" has levels even in angle, $\ln\sigma \sim N(-1.1 + 1.5\,p, 2^2)$ and weight $(1 + p\,\sigma_t)/\Delta\sigma$, with p = `progress`, the share of training done.
     """
     refuse_unknown("rungs", rungs, RUNGS)
-    schedule = VPSchedule(T, beta_min, beta_max)
-    times = levels(schedule, n)
-    if rungs == "uniform": return times, torch.linspace(0, 1, len(times), dtype=torch.float64)
-    z = torch.special.ndtr((sigma(schedule)[times].log() + 1.1) / 2)        # sigma = 0 gives 0
-    return times, (z - z[0]) / (z[-1] - z[0])
+    times, s = spaced(T, beta_min, beta_max, n, None if rungs == "rising" else 7.0)
+    p = progress if rungs == "rising" else 0.0
+    weight = (1 + p * s[1:]) / s.diff()
+    if rungs == "uniform": return times, torch.linspace(0, 1, len(times), dtype=torch.float64), weight
+    z = torch.special.ndtr((s.log() + 1.1 - 1.5 * p) / 2)                   # sigma = 0 gives 0
+    return times, (z - z[0]) / (z[-1] - z[0]), weight
 
-# %% ../nbs/08b_objectives.ipynb #08b-objectives-037
+# %% ../nbs/08b_objectives.ipynb #08b-objectives-039
 def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "self", level_range: tuple = (10, 80), rungs: str = "lognormal", **_):
-    r"""$d\big(f_\theta(\cdot, x_t, t),\ \mathrm{stop\_gradient}\,f_\theta(\cdot, x_s, s)\big)/(\sigma_t-\sigma_s)$ [B]; s the level below t, the same noise in both, $f = x_0$ at s = 0. Then None (it stores nothing), and t [B].
+    r"""$w\,d\big(f_\theta(\cdot, x_t, t),\ \mathrm{stop\_gradient}\,f_\theta(\cdot, x_s, s)\big)$ [B]; s the level below t, the same noise in both, $f = x_0$ at s = 0. Then None (it stores nothing), and t [B].
 
-    `part.t` is not used: t comes from `part.u` by the distribution of `ladder`, with `level_count(part.progress, *level_range)` levels and the distribution `rungs`.
+    `part.t` is not used: t comes from `part.u` by the distribution of `ladder`, with `level_count(part.progress, *level_range)` levels and the choice `rungs`, which also gives the weight w.
     """
-    times, share = ladder(schedule.T, schedule.beta_min, schedule.beta_max, level_count(part.progress, *level_range), rungs)
+    times, share, weight = ladder(schedule.T, schedule.beta_min, schedule.beta_max, level_count(part.progress, *level_range), rungs, part.progress)
     i = torch.searchsorted(share, part.u.double().cpu(), right=True).clamp(1, len(times) - 1)
     t, s = (times[k].to(part.x0.device) for k in (i, i - 1))
     x_t, x_s = (schedule.diffuse(part.x0, time, part.noise) for time in (t, s))
@@ -136,10 +147,9 @@ def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "sel
         target = inner(model)(fill(estimate, model, part, x_s, s), x_s, s, part.label)
     torch.manual_seed(part.seed)
     x_hat = model(fill(estimate, model, part, x_t, t), x_t, t, part.label)
-    gap = (sigma(schedule)[times[i]] - sigma(schedule)[times[i - 1]]).to(part.x0.device, torch.float32)
-    return d(x_hat, target) / gap, None, t
+    return weight[i - 1].to(part.x0.device, torch.float32) * d(x_hat, target), None, t
 
-# %% ../nbs/08b_objectives.ipynb #08b-objectives-041
+# %% ../nbs/08b_objectives.ipynb #08b-objectives-043
 class Boundary(nn.Module):
     r"""$F_\theta = (1-\sqrt{\bar\alpha_t})\,x_t + \sqrt{1-\bar\alpha_t}\;\mathrm{net}$, which goes to 0 with t, so that $f_\theta = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1-\bar\alpha_t}\;\mathrm{net}$.
 
@@ -153,7 +163,7 @@ class Boundary(nn.Module):
         signal, noise = self.schedule.signal_noise(t, x_t)
         return (1 - signal) * x_t + noise * self.net(x_t, t, x0_estimate, label)
 
-# %% ../nbs/08b_objectives.ipynb #08b-objectives-045
+# %% ../nbs/08b_objectives.ipynb #08b-objectives-047
 OBJECTIVES = {  # name: (function, what fills its estimate, whether F is scaled by `Boundary`, its sampler)
     "paper": (paper, "store", False, "fixed"),
     "published_code": (published_code, "store", False, "fixed"),
@@ -162,7 +172,7 @@ OBJECTIVES = {  # name: (function, what fills its estimate, whether F is scaled 
     "regression": (paper, "none", True, "ddim"),
 }
 
-# %% ../nbs/08b_objectives.ipynb #08b-objectives-046
+# %% ../nbs/08b_objectives.ipynb #08b-objectives-048
 def estimate_of(objective: str, estimate: str | None = None) -> str:
     """What fills the estimate: `estimate`, or where it is None what the objective says.
 
@@ -179,7 +189,7 @@ def needs_store(objective: str, estimate: str | None = None) -> bool:
     "Whether training reads the estimates of the epoch before."
     return estimate_of(objective, estimate) in ("store", "shuffled")
 
-# %% ../nbs/08b_objectives.ipynb #08b-objectives-047
+# %% ../nbs/08b_objectives.ipynb #08b-objectives-049
 def assemble(objective: str, net: nn.Module, schedule: VPSchedule) -> DDDM:
     r"""The model $f_\theta$ of an objective: F is the network, or the network under `Boundary`.
 
@@ -190,14 +200,14 @@ def assemble(objective: str, net: nn.Module, schedule: VPSchedule) -> DDDM:
     model.blind = OBJECTIVES[objective][1] == "none"
     return model
 
-# %% ../nbs/08b_objectives.ipynb #08b-objectives-050
+# %% ../nbs/08b_objectives.ipynb #08b-objectives-052
 def times_down(T: int, steps: int) -> list[int]:
     "steps + 1 times from T to 0 in equal steps, rounded."
     check_count("steps", steps)
     if steps > T: raise ValueError(f"steps={steps}: the schedule has only T={T} times")
     return [round(T * (steps - k) / steps) for k in range(steps + 1)]
 
-# %% ../nbs/08b_objectives.ipynb #08b-objectives-051
+# %% ../nbs/08b_objectives.ipynb #08b-objectives-053
 def from_noise(model, x_T, steps: int, label=None, noise=None, clamp: bool = True, x0=None):
     r"""$\hat x_0$ [B, …] after `steps` evaluations at falling times, each cut to [-1, 1] (clamp=False: left as it is). x0 [B, …]: the estimate input throughout, None is zeros.
 
@@ -217,7 +227,7 @@ def from_noise(model, x_T, steps: int, label=None, noise=None, clamp: bool = Tru
     if not x.isfinite().all(): raise RuntimeError(f"the model's output after {steps} steps has non-finite values")
     return x.clone()                                        # outside inference mode: an ordinary tensor
 
-# %% ../nbs/08b_objectives.ipynb #08b-objectives-055
+# %% ../nbs/08b_objectives.ipynb #08b-objectives-057
 SAMPLERS = ("fixed", "ddim", "renoise")
 RENOISE_STREAM = 16          # the streams below belong to the store and to `dddm.sampling.draws`
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'NET_FIELDS', 'RESUMABLE', 'TrainConfig', 'has_type', 'check_config', 'step_seed', 'generator',
-           'epoch_batches', 'draw', 'draw_estimate', 'build', 'ema_decay', 'fsync', 'sha256', 'seal_checkpoint',
-           'checkpoints', 'damage', 'newest_checkpoint', 'load', 'claim_directory', 'locked', 'check_data',
-           'check_disk', 'start_accelerator', 'load_images', 'open_distance', 'place_images', 'open_store', 'Run',
-           'accumulate', 'last_good', 'not_finite', 'step', 'save', 'restore', 'trim_history', 'log', 'memory_in_use',
-           'history', 'sample_grid', 'seconds_per_image', 'describe', 'checkpoint_bytes', 'size_text', 'stop_signals',
-           'any_rank', 'train', 'leave', 'main']
+           'epoch_batches', 'draw', 'draw_estimate', 'build', 'ema_decay', 'learning_rate', 'fsync', 'sha256',
+           'seal_checkpoint', 'checkpoints', 'damage', 'newest_checkpoint', 'load', 'claim_directory', 'locked',
+           'check_data', 'check_disk', 'start_accelerator', 'load_images', 'open_distance', 'place_images',
+           'open_store', 'Run', 'accumulate', 'last_good', 'not_finite', 'step', 'save', 'restore', 'trim_history',
+           'log', 'memory_in_use', 'history', 'sample_grid', 'seconds_per_image', 'describe', 'checkpoint_bytes',
+           'size_text', 'stop_signals', 'any_rank', 'train', 'leave', 'main']
 
 # %% ../nbs/09_training.ipynb #09-training-002
 import argparse
@@ -65,7 +65,7 @@ class TrainConfig:
 
     data, data_path: what `dddm.data.load` takes; download: allow it to fetch CIFAR-10; on_error: "stop" at a bad image, or "skip" it; resize: scale, crop and recolour other images to shape (else they stop the run); shape: (C, H, W); classes: number of labels, None = unconditional.
     net: arguments of `dddm.unet.UNet` beyond shape and classes. T, beta_min, beta_max: the schedule. objective: what a step computes, "paper" is equation (5); estimate: what fills the estimate in training, None is the objective's own (see `dddm.objectives`); levels: fewest and most noise levels of the consistency objectives; rungs: how those are drawn. distance, c, distance_options: $d$, as `dddm.losses.distance` takes them.
-    epochs, batch: passes over the data; samples in a step, over all devices together. lr: Adam's constant rate. ema: decay of the weights' average; ema_warmup: use min(ema, (1+step)/(10+step)), so that a short run is not all start.
+    epochs, batch: passes over the data; samples in a step, over all devices together. lr: Adam's rate, constant in the paper; lr_decay: share of the training, its last, in which the rate falls linearly to 0. ema: decay of the weights' average; ema_warmup: use min(ema, (1+step)/(10+step)), so that a short run is not all start.
     flip: mirror images at random. store_dtype, store_path: the estimate store's number format; a file to hold it, or None for memory. seed: every random draw follows from it.
     micro_batch: most samples in one forward pass of one device (None: the whole share); precision: "float32", "bfloat16" (autocast) or "auto", which is bfloat16 on CUDA; compile: torch.compile the network; device: "cpu", or "auto", which is CUDA where there is a GPU. log_every, checkpoint_every, sample_every: in steps (sample_every 0: no grids).
     """
@@ -90,6 +90,7 @@ class TrainConfig:
     epochs: int = 100
     batch: int = 128
     lr: float = 2e-4
+    lr_decay: float = 0.0
     ema: float = 0.9999
     ema_warmup: bool = True
     flip: bool = False
@@ -137,6 +138,7 @@ def check_config(config: TrainConfig) -> None:
     for name in ("micro_batch", "classes"): need(getattr(config, name) is None or getattr(config, name) >= 1, name, "must be None or at least 1")
     need(len(config.shape) == 3 and all(type(n) is int and n >= 1 for n in config.shape), "shape", "must be (channels, height, width)")
     need(math.isfinite(config.lr) and config.lr > 0, "lr", "must be a positive number")
+    need(0 <= config.lr_decay <= 1, "lr_decay", "must be in [0, 1]")
     need(0 <= config.ema < 1, "ema", "must be in [0, 1)")
     for name in config.net: refuse_unknown("argument of the network", name, NET_FIELDS)
     need(len(config.levels) == 2 and all(type(n) is int for n in config.levels) and 2 <= config.levels[0] <= config.levels[1], "levels", "must be (fewest, most), whole numbers from 2")
@@ -196,6 +198,10 @@ def build(config: TrainConfig) -> DDDM:
 def ema_decay(config: TrainConfig, step: int) -> float:
     "The average's decay after `step` steps, counted from 1."
     return min(config.ema, (1 + step) / (10 + step)) if config.ema_warmup else config.ema
+
+def learning_rate(config: TrainConfig, progress: float) -> float:
+    "Adam's rate after a share `progress` of the training, in [0, 1)."
+    return config.lr * min(1.0, (1 - progress) / config.lr_decay) if config.lr_decay else config.lr
 
 # %% ../nbs/09_training.ipynb #09-training-030
 def fsync(path: Path) -> None:
@@ -416,6 +422,7 @@ def step(run: Run) -> int:
     torch.manual_seed(seed)
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
+    for group in run.optimizer.param_groups: group["lr"] = learning_rate(c, run.done / run.steps)
     size = c.micro_batch or max(len(mine), 1)
     for i in range(0, len(mine), size):
         more = i + size < len(mine)

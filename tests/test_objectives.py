@@ -119,7 +119,7 @@ def test_the_smaller_side_has_no_gradient(objective, how):
     model, part = assemble(objective, net, schedule), some_part()
     evaluate(objective, model, part, how)[0].sum().backward()
     assert [c[3] for c in net.calls] == [False] * (len(net.calls) - 1) + [True]
-    times, _ = ladder(T, 0.1, 20.0, 10)
+    times, *_ = ladder(T, 0.1, 20.0, 10)
     x_t, t, e, _, _ = net.calls[-1]
     s = times[torch.searchsorted(times, t) - 1]
     x_s, _, e_s, _, _ = next(c for c in net.calls if len(c[1]) == len(s) and torch.equal(c[1], s))
@@ -194,12 +194,30 @@ def test_levels_and_doubling():
 
 
 def test_uniform_rungs_draw_every_interval_equally_often():
-    times, share = ladder(T, 0.1, 20.0, 80, "uniform")
+    times, share, _ = ladder(T, 0.1, 20.0, 80, "uniform")
     assert torch.equal(times, levels(schedule, 80)) and torch.allclose(share.diff(), torch.full((len(times) - 1,), 1 / (len(times) - 1), dtype=torch.float64))
     part = some_part(n=4000)
     t = evaluate("consistency", assemble("consistency", Toy(), schedule), part, "noise", level_range=(10, 10), rungs="uniform")[2]
     assert abs((t == T).float().mean() - 1 / 10) < 0.02 and set(t.tolist()) == set(levels(schedule, 10).tolist()) - {0}
     with pytest.raises(ValueError, match="did you mean 'uniform'"): ladder(T, 0.1, 20.0, 80, "unifrm")
+
+
+def test_rising_rungs_move_upwards_and_weigh_by_the_formula():
+    "Levels even in angle; at p = 0 the normal and the weight of Song & Dhariwal; later more draws at t = T, and the weight (1 + p sigma_t) / (sigma_t - sigma_s) in the loss itself."
+    times, share, weight = ladder(T, 0.1, 20.0, 40, "rising", 0.0)
+    angle = sigma(schedule)[times[1:]].atan()
+    assert times[0] == 0 and times[1] == 1 and times[-1] == T and (angle.diff() - angle.diff().mean()).abs().max() < 0.02      # the schedule's grid is what is left
+    s = sigma(schedule)[times]
+    normal = torch.distributions.Normal(-1.1, 2.0).cdf(s.clamp(min=1e-30).log())
+    torch.testing.assert_close(share, (normal - normal[0]) / (normal[-1] - normal[0])); torch.testing.assert_close(weight, 1 / s.diff())
+    top = [ladder(T, 0.1, 20.0, 40, "rising", p)[1].diff()[-1] for p in (0.0, 0.5, 1.0)]
+    assert top[0] < top[1] < top[2] and ladder(T, 0.1, 20.0, 40, "lognormal", 0.5)[1].equal(ladder(T, 0.1, 20.0, 40, "lognormal")[1])
+    model, part = assemble("consistency", Toy(), schedule), some_part(n=64)
+    part.progress = 0.5
+    value, _, t = evaluate("consistency", model, part, "noise", level_range=(40, 40), rungs="rising")
+    below = times[torch.searchsorted(times, t) - 1]
+    with torch.no_grad(): d = ((model(part.first, schedule.diffuse(part.x0, t, part.noise), t) - model(part.first, schedule.diffuse(part.x0, below, part.noise), below)) ** 2).flatten(1).sum(1)
+    torch.testing.assert_close(value.detach(), (d * (1 + 0.5 * sigma(schedule)[t]) / (sigma(schedule)[t] - sigma(schedule)[below])).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_needs_store_and_refusals():

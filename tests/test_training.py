@@ -310,3 +310,24 @@ def test_a_store_file_that_an_abandoned_run_left_is_not_read(tmp_path):
     train(TrainConfig(**fields), tmp_path / "file", progress=False)
     memory = train(TrainConfig(**{**fields, "store_path": None}), tmp_path / "memory", progress=False)
     assert_same_run(memory, tmp_path / "file")
+
+
+def test_the_rate_falls_over_the_last_share(tmp_path):
+    "lr_decay: Adam's own rate, read at each step, is constant, then falls linearly; a run stopped in the fall ends where the whole one does; 0 leaves the paper's constant."
+    fields, seen = {**TINY, "epochs": 1, "checkpoint_every": 5, "lr": 1e-3, "lr_decay": 0.5}, []
+    run = training.Run(TrainConfig(**fields), tmp_path / "whole")
+    while run.done < run.steps:
+        training.step(run)
+        seen.append(run.optimizer.param_groups[0]["lr"])
+    torch.testing.assert_close(torch.tensor(seen), 1e-3 * ((1 - torch.arange(len(seen)) / len(seen)) / 0.5).clamp(max=1))
+    assert seen[0] == 1e-3 and training.learning_rate(TrainConfig(**{**TINY, "lr": 1e-3}), 0.99) == 1e-3
+    training.save(run)
+    def stop(record):
+        if record["step"] >= 6: raise KeyboardInterrupt
+    with pytest.raises((KeyboardInterrupt, SystemExit)): train(TrainConfig(**{**fields, "log_every": 6}), tmp_path / "broken", callback=stop, progress=False)
+    train(TrainConfig(**{**fields, "log_every": 6}), tmp_path / "broken", progress=False)
+    for part in ("model", "ema"):
+        left, right = (load_file(newest_checkpoint(tmp_path / name) / f"{part}.safetensors") for name in ("whole", "broken"))
+        for key in left: assert torch.equal(left[key], right[key]), key
+    for wrong in (-0.1, 1.5, "half"):
+        with pytest.raises(ValueError, match="lr_decay"): TrainConfig(**{**TINY, "lr_decay": wrong})
