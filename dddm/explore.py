@@ -135,7 +135,7 @@ def log_steps(last: int = 1000, count: int = 80) -> list[int]:
 class Trajectory:
     r"""Algorithm 2 for the samples 0 … n-1 of `seed`: $x_0^{(s)}$ at the steps s of `at` (`log_steps`), and in `moved` how far each step went.
 
-    model: `DDDM` with a shape. label: as `class_labels` takes it. dtype: uint8 for images, which are cut to [-1, 1]; float32 keeps points as
+    model: `DDDM` with a shape. label: as `class_labels` takes it; None: all classes in turn, where the model has some. dtype: uint8 for images, which are cut to [-1, 1]; float32 keeps points as
     they are. memory: most bytes to keep. Raises `ValueError`, before any work, where n samples need more, and for other bad arguments.
     """
     def __init__(self, model, n: int = 16, seed: int = 0, label=None, steps: int = 1000, dtype=torch.uint8, memory: float = 64e6):
@@ -144,6 +144,7 @@ class Trajectory:
         self.at = log_steps(steps)
         each = math.prod(model.shape) * (len(self.at) * dtype.itemsize + 12)          # 12: x_T, the estimate and the one before it, as floats
         if n * each > memory: raise ValueError(f"{n:,} samples need {training.size_text(n * each)} and the bound is {training.size_text(memory)}: at most {int(memory // each):,} fit; ask for fewer, or raise memory=")
+        if label is None and (classes := getattr(model.net, "classes", None)): label = torch.arange(n) % classes
         self.model, self.n, self.label, self.dtype, self.nbytes = model, n, class_labels(model, label, n), dtype, n * each
         self.x_T, self.first = draws(seed, range(n), model.shape)
         self.frames, self.moved, self.done = torch.empty(len(self.at), n, *model.shape, dtype=dtype), np.full(steps, np.nan), 0
@@ -400,7 +401,7 @@ def compute(self: StepExplorer, key, stop) -> None:
         classes = getattr(model.net, "classes", None)
         with self.lock:
             if not stop.is_set(): self.offer_classes(classes)
-        trajectory = Trajectory(model, n, seed, torch.arange(n) % classes if classes and label is None else label, self.steps, memory=self.memory)
+        trajectory = Trajectory(model, n, seed, label, self.steps, memory=self.memory)
         with self.lock:
             while self.cache and trajectory.nbytes + sum(t.nbytes for t, _ in self.cache.values()) > self.memory: self.cache.popitem(last=False)
         trajectory.run(progress, stop)

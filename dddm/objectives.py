@@ -9,7 +9,7 @@ __all__ = ['ESTIMATES', 'RUNGS', 'OBJECTIVES', 'SAMPLERS', 'RENOISE_STREAM', 'Pa
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-003
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -28,7 +28,7 @@ class Part:
 
     x0: the data; estimate: the store's rows $x_0^{(n)}$, or None where the objective keeps none; t: long [B] ~ U{1..T}; noise ~ N(0, I);
     label: long [B] or None; first: N(0, I), for an estimate that knows nothing; again: bool [B], true with probability 1/2;
-    u: [B] ~ U(0, 1); progress: share of the training done, in [0, 1); epoch: from 0; seed: of the dropout.
+    u: [B] ~ U(0, 1); progress: share of the training done, in [0, 1); epoch: from 0; seed: of the dropout; second: as first, for the smaller side of `consistency` (None: `first` for both).
     """
     x0: torch.Tensor
     estimate: torch.Tensor | None
@@ -41,6 +41,7 @@ class Part:
     progress: float = 0.0
     epoch: int = 0
     seed: int = 0
+    second: torch.Tensor | None = None
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-012
 ESTIMATES = ("store", "noise", "truth", "shuffled", "self", "none")
@@ -144,7 +145,8 @@ def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "sel
     x_t, x_s = (schedule.diffuse(part.x0, time, part.noise) for time in (t, s))
     with torch.no_grad():
         torch.manual_seed(part.seed)                                       # both sides drop the same units
-        target = inner(model)(fill(estimate, model, part, x_s, s), x_s, s, part.label)
+        below = part if part.second is None else replace(part, first=part.second)
+        target = inner(model)(fill(estimate, model, below, x_s, s), x_s, s, part.label)
     torch.manual_seed(part.seed)
     x_hat = model(fill(estimate, model, part, x_t, t), x_t, t, part.label)
     return weight[i - 1].to(part.x0.device, torch.float32) * d(x_hat, target), None, t

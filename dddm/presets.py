@@ -33,8 +33,8 @@ CIFAR10_SMALL = dict(data="cifar10", shape=(3, 32, 32), net=dict(base=32, multip
                      distance="pseudo_huber", c=pseudo_huber_c((3, 32, 32)), epochs=4, batch=128, lr=5e-4, store_dtype="float16", log_every=10, checkpoint_every=100, sample_every=100)
 
 # %% ../nbs/11_presets.ipynb #11-presets-011
-REPAIR = dict(objective="consistency", rungs="rising", lr_decay=0.5, distance="pseudo_huber")
-DIGITS_CONSISTENCY = {**DIGITS, **REPAIR, "lr": 6e-4, "epochs": 96}
+REPAIR = dict(objective="consistency", rungs="rising", lr_decay=0.5, drop_last=True, distance="pseudo_huber")
+DIGITS_CONSISTENCY = {**DIGITS, **REPAIR, "lr": 6e-4, "classes": 10, "epochs": 96}
 CIFAR10_SMALL_CONSISTENCY = {**CIFAR10_SMALL, **REPAIR, "lr": 3e-4}
 CIFAR10_CONSISTENCY = {**CIFAR10, **REPAIR, "levels": (10, 1280)}
 

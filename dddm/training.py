@@ -65,7 +65,7 @@ class TrainConfig:
 
     data, data_path: what `dddm.data.load` takes; download: allow it to fetch CIFAR-10; on_error: "stop" at a bad image, or "skip" it; resize: scale, crop and recolour other images to shape (else they stop the run); shape: (C, H, W); classes: number of labels, None = unconditional.
     net: arguments of `dddm.unet.UNet` beyond shape and classes. T, beta_min, beta_max: the schedule. objective: what a step computes, "paper" is equation (5); estimate: what fills the estimate in training, None is the objective's own (see `dddm.objectives`); levels: fewest and most noise levels of the consistency objectives; rungs: how those are drawn. distance, c, distance_options: $d$, as `dddm.losses.distance` takes them.
-    epochs, batch: passes over the data; samples in a step, over all devices together. lr: Adam's rate, constant in the paper; lr_decay: share of the training, its last, in which the rate falls linearly to 0. ema: decay of the weights' average; ema_warmup: use min(ema, (1+step)/(10+step)), so that a short run is not all start.
+    epochs, batch: passes over the data; samples in a step, over all devices together; drop_last: leave out an epoch's last batch where it is smaller. lr: Adam's rate, constant in the paper; lr_decay: share of the training, its last, in which the rate falls linearly to 0. ema: decay of the weights' average; ema_warmup: use min(ema, (1+step)/(10+step)), so that a short run is not all start.
     flip: mirror images at random. store_dtype, store_path: the estimate store's number format; a file to hold it, or None for memory. seed: every random draw follows from it.
     micro_batch: most samples in one forward pass of one device (None: the whole share); precision: "float32", "bfloat16" (autocast) or "auto", which is bfloat16 on CUDA; compile: torch.compile the network; device: "cpu", or "auto", which is CUDA where there is a GPU. log_every, checkpoint_every, sample_every: in steps (sample_every 0: no grids).
     """
@@ -91,6 +91,7 @@ class TrainConfig:
     batch: int = 128
     lr: float = 2e-4
     lr_decay: float = 0.0
+    drop_last: bool = False
     ema: float = 0.9999
     ema_warmup: bool = True
     flip: bool = False
@@ -144,6 +145,7 @@ def check_config(config: TrainConfig) -> None:
     need(len(config.levels) == 2 and all(type(n) is int for n in config.levels) and 2 <= config.levels[0] <= config.levels[1], "levels", "must be (fewest, most), whole numbers from 2")
     for name, known in CHOICES.items(): refuse_unknown(name, getattr(config, name), known)
     estimate_of(config.objective, config.estimate)
+    need(not (config.drop_last and needs_store(config.objective, config.estimate)), "drop_last", f"objective {config.objective!r} keeps a store, whose every row must be written in every epoch")
     VPSchedule(config.T, config.beta_min, config.beta_max)
 
 # %% ../nbs/09_training.ipynb #09-training-013
@@ -155,10 +157,10 @@ def generator(device, seed: int, purpose: str, *position: int) -> torch.Generato
     return torch.Generator(device).manual_seed(step_seed(seed, purpose, *position))
 
 # %% ../nbs/09_training.ipynb #09-training-015
-def epoch_batches(n: int, batch: int, seed: int, epoch: int, world: int = 1) -> list[list[torch.Tensor]]:
+def epoch_batches(n: int, batch: int, seed: int, epoch: int, world: int = 1, drop_last: bool = False) -> list[list[torch.Tensor]]:
     """The epoch's global batches: `[k][r]` holds the sample indices (long) that rank r takes at step k.
 
-    Every index in 0..n-1 comes once; rank r gets those with index % world == r. Raises `ValueError` unless world <= batch <= n.
+    Every index in 0..n-1 comes once (drop_last: but for those of a last batch that would be smaller); rank r gets those with index % world == r. Raises `ValueError` unless world <= batch <= n.
     """
     if not world <= batch <= n: raise ValueError(f"batch={batch}: it must be at least the number of devices, {world}, and at most the number of samples, {n}")
     steps = math.ceil(n / batch)
@@ -168,7 +170,7 @@ def epoch_batches(n: int, batch: int, seed: int, epoch: int, world: int = 1) -> 
         shares.append(own[torch.randperm(len(own), generator=generator("cpu", seed, "order", epoch, r))])
     # cut each share where the whole epoch is cut, so that step k holds `batch` samples over all ranks together
     cuts = [[min(len(s), (min(n, k * batch) - r + world - 1) // world) for k in range(steps + 1)] for r, s in enumerate(shares)]
-    return [[s[cuts[r][k]:cuts[r][k + 1]] for r, s in enumerate(shares)] for k in range(steps)]
+    return [[s[cuts[r][k]:cuts[r][k + 1]] for r, s in enumerate(shares)] for k in range(n // batch if drop_last else steps)]
 
 # %% ../nbs/09_training.ipynb #09-training-019
 def draw(config: TrainConfig, step: int, n: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -180,11 +182,13 @@ def draw(config: TrainConfig, step: int, n: int, device="cpu") -> tuple[torch.Te
     return t, noise, flips
 
 # %% ../nbs/09_training.ipynb #09-training-022
-def draw_estimate(config: TrainConfig, step: int, n: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    r"Step `step`'s further draws: `first` [n, C, H, W] ~ N(0, I), `again` bool [n], `u` [n] ~ U(0, 1); see `dddm.objectives.Part`."
+def draw_estimate(config: TrainConfig, step: int, n: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    r"Step `step`'s further draws: `first` [n, C, H, W] ~ N(0, I), `again` bool [n], `u` [n] ~ U(0, 1), one in each n-th of (0, 1), in random order, and `second`, as `first`; see `dddm.objectives.Part`."
     g = generator(device, config.seed, "estimate", step)
     first = torch.randn(n, *config.shape, generator=g, device=device)
-    return first, torch.rand(n, generator=g, device=device) < 0.5, torch.rand(n, generator=g, device=device)
+    again, u = torch.rand(n, generator=g, device=device) < 0.5, torch.rand(n, generator=g, device=device)
+    u = (torch.randperm(n, generator=g, device=device) + u) / n
+    return first, again, u, torch.randn(n, *config.shape, generator=g, device=device)
 
 # %% ../nbs/09_training.ipynb #09-training-024
 def build(config: TrainConfig) -> DDDM:
@@ -358,7 +362,7 @@ class Run:
         with self.accelerator.local_main_process_first():        # one rank fetches and decodes, the others find it done
             self.d, data = open_distance(config).to(self.device), load_images(config)
         check_data(config, data)
-        self.steps_per_epoch = len(epoch_batches(len(data), config.batch, config.seed, 0, self.world))
+        self.steps_per_epoch = len(epoch_batches(len(data), config.batch, config.seed, 0, self.world, config.drop_last))
         self.steps = self.steps_per_epoch * config.epochs
         if self.main: claim_directory(config, self.out, resume)
         self.accelerator.wait_for_everyone()
@@ -377,22 +381,22 @@ class Run:
 
     def batch(self) -> list[torch.Tensor]:
         "The next global batch: the sample indices of each rank."
-        if self.order[0] != self.epoch: self.order = self.epoch, epoch_batches(len(self.data), self.config.batch, self.config.seed, self.epoch, self.world)
+        if self.order[0] != self.epoch: self.order = self.epoch, epoch_batches(len(self.data), self.config.batch, self.config.seed, self.epoch, self.world, self.config.drop_last)
         return self.order[1][self.done % self.steps_per_epoch]
 
 # %% ../nbs/09_training.ipynb #09-training-045
 def accumulate(run: Run, index: torch.Tensor, draws: tuple, total: int, seed: int) -> None:
     """Add a part's share of the gradient of the objective, and write its new estimates.
 
-    index long [b]: this rank's samples; draws: their t, noise, flips, first, again, u, each [b, ...]; total: samples in the global batch; seed: of
+    index long [b]: this rank's samples; draws: their t, noise, flips, first, again, u, second, each [b, ...]; total: samples in the global batch; seed: of
     its dropout. Raises `FloatingPointError` where the loss (before the backward pass) or an estimate is not finite.
     """
-    c, (t, noise, flips, first, again, u) = run.config, draws
+    c, (t, noise, flips, first, again, u, second) = run.config, draws
     mirror = (lambda x: images.flip(x, flips)) if c.flip else (lambda x: x)
     x0, label = run.data.get(index)
     stored = None if run.store is None else mirror(run.store.read(index).to(run.device))
     part = Part(mirror(x0.to(run.device)), stored, t, noise, first, again, u, label.to(run.device) if c.classes is not None else None,
-                progress=run.done / run.steps, epoch=run.epoch, seed=seed)
+                progress=run.done / run.steps, epoch=run.epoch, seed=seed, second=second)
     d, row, t = OBJECTIVES[c.objective][0](run.model, run.d, run.bare.schedule, part, estimate=estimate_of(c.objective, c.estimate), level_range=c.levels, rungs=c.rungs)
     loss = d.sum()
     if not math.isfinite(loss.item()): raise FloatingPointError(not_finite(run, f"the loss is {loss.item()}", index))

@@ -406,6 +406,14 @@ def drive(page, folder, arrows):
         for key in ("ArrowLeft", "ArrowRight") if arrows else ():      # Notebook 7 does not let them through
             page.key(key)
             changed(key)
+        if name == "step":                                             # the second shipped model has classes: its control appears, and works
+            def pick(menu, option): page.js(f"(s => {{ s.selectedIndex = {option}; s.dispatchEvent(new Event('change', {{bubbles: true}})) }})({node}.querySelectorAll('select')[{menu}])")
+            pick(0, 1)
+            changed("another model")
+            wait_for("the classes", lambda: page.js(f"(s => s.offsetParent !== null && s.options.length)({node}.querySelectorAll('select')[1])") == 11)
+            pick(1, 4)
+            changed("a class")
+            page.shot(folder / "class.png")
         assert page.js(f"{node}.querySelectorAll('.dddm-wrong').length") == 0
     assert page.js("document.querySelectorAll('.jp-RenderedText[data-mime-type=\"application/vnd.jupyter.stderr\"]').length") == 0
     assert page.js("[...document.querySelectorAll('.jp-OutputArea-output')].filter(o => /Error displaying widget|Loading widget/.test(o.textContent)).length") == 0

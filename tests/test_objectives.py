@@ -282,7 +282,7 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path, monkeypatch):
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dddm.training",
                            tmp_path / "config.json", "--out", tmp_path / "two"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    monkeypatch.setattr(training, "epoch_batches", lambda n, batch, seed, epoch, world=1: [[torch.cat(s)] for s in epoch_batches(n, batch, seed, epoch, 2)])
+    monkeypatch.setattr(training, "epoch_batches", lambda n, batch, seed, epoch, world=1, drop_last=False: [[torch.cat(s)] for s in epoch_batches(n, batch, seed, epoch, 2)])
     train(TrainConfig(**fields), tmp_path / "one", progress=False)
     a, b = (torch.load(newest_checkpoint(tmp_path / run) / "state.pt", weights_only=True)["optimizer"]["state"] for run in ("one", "two"))
     largest = max(v["exp_avg"].abs().max() for v in a.values())

@@ -331,3 +331,21 @@ def test_the_rate_falls_over_the_last_share(tmp_path):
         for key in left: assert torch.equal(left[key], right[key]), key
     for wrong in (-0.1, 1.5, "half"):
         with pytest.raises(ValueError, match="lr_decay"): TrainConfig(**{**TINY, "lr_decay": wrong})
+
+
+def test_levels_are_drawn_evenly():
+    "u: one in each n-th of (0, 1), in an order that changes, so a batch meets every noise level; different steps differ."
+    config = TrainConfig(**TINY)
+    a, b = (training.draw_estimate(config, step, 50)[2] for step in (3, 4))
+    for u in (a, b): assert torch.equal((u * 50).floor().sort().values, torch.arange(50.0)) and not torch.equal(u, u.sort().values)
+    assert not torch.equal(a, b) and torch.equal(a, training.draw_estimate(config, 3, 50)[2])
+
+
+def test_drop_last_leaves_out_the_smaller_batch_and_nothing_else(tmp_path):
+    for n, batch, world in ((1797, 128, 1), (100, 7, 3), (64, 8, 2)):
+        whole, full = (epoch_batches(n, batch, 5, 2, world, drop) for drop in (False, True))
+        assert len(full) == n // batch and all(sum(map(len, shares)) == batch for shares in full)
+        assert all(torch.equal(a, b) for k, shares in enumerate(full) for a, b in zip(shares, whole[k]))
+    run = training.Run(TrainConfig(**{**TINY, "batch": 700, "objective": "consistency", "drop_last": True}), tmp_path / "run")
+    assert run.steps == 2 * 4
+    with pytest.raises(ValueError, match="keeps a store"): TrainConfig(**{**TINY, "drop_last": True})
