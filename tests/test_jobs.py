@@ -77,7 +77,7 @@ def test_benchmark(root, tmp_path):
 
 @pytest.mark.parametrize("notebook, parameters, lines", [
     ("compare.ipynb", "arms: [paper, regression], long_arms: [paper], long_steps: 4", [("paper", 1), ("paper", 2), ("paper", 4), ("regression", 1), ("regression", 2)]),
-    ("ablate.ipynb", "parts: [c, T], objectives: [paper], c_values: [0.1], T_values: [100, 200]", [("paper, lpips", 1), ("paper, lpips", 2), ("paper, pseudo_lpips, c = 0.1", 1), ("paper, pseudo_lpips, c = 0.1", 2),
+    ("ablate.ipynb", "parts: [c, T], objectives: [paper], c_values: [0.1, 0.12], T_values: [100, 200]", [("paper, lpips", 1), ("paper, lpips", 2), *((f"paper, pseudo_lpips, c = {c}", s) for c in (0.1, 0.12) for s in (1, 2)),
                                                                                            ("T = 100, 1 epochs", 1), ("T = 100, 1 epochs", 2), ("T = 200, 1 epochs", 1), ("T = 200, 1 epochs", 2), ("T = 200, 2 epochs", 1), ("T = 200, 2 epochs", 2)]),
 ])
 def test_a_job_of_many_runs_does_each_once(root, tmp_path, notebook, parameters, lines):
