@@ -107,3 +107,11 @@ def test_a_job_of_many_runs_does_each_once(root, tmp_path, notebook, parameters,
 def test_a_job_of_many_runs_refuses_before_any_work(root, tmp_path, notebook, parameters, message):
     done = papermill(root, notebook, tmp_path / "out.ipynb", f"train: true, out: {tmp_path / 'runs'}, {parameters}")
     assert done.returncode == 1 and message in done.stderr.replace("'", "") and not (tmp_path / "runs").exists()
+
+
+def test_a_preset_brings_its_objective(root, tmp_path):
+    "`-p preset digits-consistency` is all that the README says: the objective is the preset's, and a model with classes is sampled with them."
+    done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", f"preset: digits-consistency, out: {tmp_path / 'run'}, {SMALL}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["objective"] == "consistency"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["classes"] == 10
