@@ -87,7 +87,7 @@ def test_sigterm_saves_and_leaves(tmp_path):
 def two_ranks(config, out): return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command(config, out)[1:]]
 
 
-def joined(n, batch, seed, epoch, world=1):
+def joined(n, batch, seed, epoch, world=1, drop_last=False):
     "What two ranks take at each step, for one process to take."
     return [[torch.cat(shares)] for shares in epoch_batches(n, batch, seed, epoch, 2)]
 
