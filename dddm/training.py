@@ -111,9 +111,7 @@ class TrainConfig:
             if isinstance(getattr(self, name), list): setattr(self, name, tuple(getattr(self, name)))
         if isinstance(self.net, dict): self.net = {k: tuple(v) if isinstance(v, list) else v for k, v in self.net.items()}
         check_config(self)
-
     def to_dict(self) -> dict: return json.loads(json.dumps(dataclasses.asdict(self)))
-
     @classmethod
     def from_dict(cls, fields: dict) -> "TrainConfig":
         "Raises `ValueError` that suggests the nearest field, and lists all, where there is one of another name."
