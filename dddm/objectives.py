@@ -55,17 +55,19 @@ def fill(how: str, model, part: Part, x_t, t) -> torch.Tensor:
 
     store: the sample's own row (the paper). noise: N(0, I) at every step, as in the first step of sampling. truth: $x_0$ itself.
     shuffled: the row of the sample before it in the part (noise in a part of one). self: `self_conditioned`. none: zeros.
+    x_t [B, C, H, W]: the noisy images; t: long [B]. Raises `ValueError` for another name.
     """
     if how == "store": return part.estimate
     if how == "noise": return part.first
     if how == "truth": return part.x0
     if how == "shuffled": return part.estimate.roll(1, 0) if len(part.x0) > 1 else part.first
     if how == "self": return self_conditioned(model, part, x_t, t)
+    refuse_unknown("estimate", how, ESTIMATES)
     return torch.zeros_like(x_t)
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-013
 def self_conditioned(model, part: Part, x_t, t) -> torch.Tensor:
-    r"""Noise, or where `part.again` the model's own estimate $f_\theta(\text{noise}, x_t, t)$ at the same x_t, cut to [-1, 1] as in sampling."""
+    r"""Noise, or where `part.again` the model's own estimate $f_\theta(\text{noise}, x_t, t)$ at the same x_t, cut to [-1, 1] as in sampling: [B, C, H, W], without gradient."""
     own = part.again
     if not own.any(): return part.first
     with torch.no_grad():
@@ -73,18 +75,19 @@ def self_conditioned(model, part: Part, x_t, t) -> torch.Tensor:
     return part.first.masked_scatter(own.reshape(-1, *[1] * (x_t.ndim - 1)), better.to(part.first.dtype))
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-014
-def paper(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", **_):
+def paper(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", level_range=None, rungs=None):
     r"""Equation (5): $d(f_\theta(x_0^{(n)}, x_t, t), x_0)$ [B]; the rows $x_0^{(n+1)}$ [B, C, H, W] for the store, detached; and t [B].
 
     `estimate`: what stands in the place of $x_0^{(n)}$, one of `ESTIMATES`; "store" is algorithm 1, "none" plain regression of $x_0$ on $x_t$.
+    `level_range`, `rungs`: not used; all objectives are called alike.
     """
     x_t = schedule.diffuse(part.x0, part.t, part.noise)
     x_hat = model(fill(estimate, model, part, x_t, part.t), x_t, part.t, part.label)
     return d(x_hat, part.x0), x_hat.detach(), part.t
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-020
-def published_code(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", **_):
-    r"""$w\,d(\hat x_0, x_0) + (1-w)\,d(\hat x_0, \text{row})$ with $w = 1/(\text{epoch}+1)$ [B]; the rows that it stores: the ground truth $x_0$; and t [B]."""
+def published_code(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", level_range=None, rungs=None):
+    r"""$w\,d(\hat x_0, x_0) + (1-w)\,d(\hat x_0, \text{row})$ with $w = 1/(\text{epoch}+1)$ [B]; the rows that it stores: the ground truth $x_0$ [B, C, H, W]; and t [B]. `part.estimate`, the row, must be there; `level_range` and `rungs` are not used."""
     x_t, weight = schedule.diffuse(part.x0, part.t, part.noise), 1 / (part.epoch + 1)
     x_hat = model(fill(estimate, model, part, x_t, part.t), x_t, part.t, part.label)
     return weight * d(x_hat, part.x0) + (1 - weight) * d(x_hat, part.estimate), part.x0, part.t
@@ -99,14 +102,16 @@ def levels(schedule: VPSchedule, n: int, rho: float | None = 7.0) -> torch.Tenso
     r"""At most n + 1 times from 0 to T, long, ascending: 0, then n whose $\sigma^{1/\rho}$ is evenly spaced (Karras et al. 2022), rounded to the schedule's grid.
 
     rho None: evenly spaced in the angle $\theta = \arctan\sigma$ instead, in which $x_t = \cos\theta\,x_0 + \sin\theta\,\epsilon$ turns from data to noise.
+    Raises `ValueError` unless n >= 2, for both ends must be there.
     """
+    if n < 2: raise ValueError(f"n={n}: at least two levels, the first and the last time")
     scale = sigma(schedule).atan() if rho is None else sigma(schedule) ** (1 / rho)      # compared as they are: taking the inverse would round past the first and last level
     wanted = torch.linspace(scale[1].item(), scale[-1].item(), n, dtype=torch.float64)
     return torch.cat([torch.zeros(1, dtype=torch.long), torch.searchsorted(scale, wanted).clamp(1, schedule.T).unique()])
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-033
 def level_count(progress: float, least: int, most: int) -> int:
-    "Number of levels after a share `progress` of the training: `least`, doubled at equal intervals until `most` (Song & Dhariwal 2023)."
+    "Number of levels after a share `progress`, in [0, 1), of the training: `least`, doubled at equal intervals until `most` >= `least` (Song & Dhariwal 2023)."
     return min(most, least * 2 ** int(progress * (math.log2(most / least) + 1)))
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-034
@@ -123,7 +128,7 @@ def ladder(T: int, beta_min: float, beta_max: float, n: int, rungs: str = "logno
     r"""n levels [m + 1], m <= n; the distribution over their intervals as a cumulative sum from 0 to 1, float64 [m + 1]; and each interval's weight, float64 [m].
 
     rungs: "lognormal" is $\ln\sigma \sim N(-1.1, 2^2)$, weight $1/\Delta\sigma$ (Song & Dhariwal 2023); "uniform" draws every interval equally often, with the same weight;
-    "rising" has levels even in angle, $\ln\sigma \sim N(-1.1 + 1.5\,p, 2^2)$ and weight $(1 + p\,\sigma_t)/\Delta\sigma$, with p = `progress`, the share of training done.
+    "rising" has levels even in angle, $\ln\sigma \sim N(-1.1 + 1.5\,p, 2^2)$ and weight $(1 + p\,\sigma_t)/\Delta\sigma$, with p = `progress`, the share of training done. Raises `ValueError` for another name.
     """
     refuse_unknown("rungs", rungs, RUNGS)
     times, s = spaced(T, beta_min, beta_max, n, None if rungs == "rising" else 7.0)
@@ -134,10 +139,11 @@ def ladder(T: int, beta_min: float, beta_max: float, n: int, rungs: str = "logno
     return times, (z - z[0]) / (z[-1] - z[0]), weight
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-039
-def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "self", level_range: tuple = (10, 80), rungs: str = "lognormal", **_):
-    r"""$w\,d\big(f_\theta(\cdot, x_t, t),\ \mathrm{stop\_gradient}\,f_\theta(\cdot, x_s, s)\big)$ [B]; s the level below t, the same noise in both, $f = x_0$ at s = 0. Then None (it stores nothing), and t [B].
+def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "self", level_range: tuple = (10, 80), rungs: str = "lognormal"):
+    r"""$w\,d\big(f_\theta(\cdot, x_t, t),\ \mathrm{stop\_gradient}\,f_\theta(\cdot, x_s, s)\big)$ [B]; s the level below t, the same noise in both, $f = x_0$ at s = 0. Then None (it stores nothing), and t, long [B].
 
     `part.t` is not used: t comes from `part.u` by the distribution of `ladder`, with `level_count(part.progress, *level_range)` levels and the choice `rungs`, which also gives the weight w.
+    Sets torch's global seed to `part.seed` before each of the two passes.
     """
     times, share, weight = ladder(schedule.T, schedule.beta_min, schedule.beta_max, level_count(part.progress, *level_range), rungs, part.progress)
     i = torch.searchsorted(share, part.u.double().cpu(), right=True).clamp(1, len(times) - 1)
@@ -155,7 +161,7 @@ def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "sel
 class Boundary(nn.Module):
     r"""$F_\theta = (1-\sqrt{\bar\alpha_t})\,x_t + \sqrt{1-\bar\alpha_t}\;\mathrm{net}$, which goes to 0 with t, so that $f_\theta = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1-\bar\alpha_t}\;\mathrm{net}$.
 
-    net: as `DDDM` takes it; its own target is the velocity $\sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0$ of unit size at every t.
+    net(x_t [B, C, H, W], t long [B], x0_estimate [B, C, H, W], label) -> [B, C, H, W], as `DDDM` takes it; its own target is the velocity $\sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0$ of unit size at every t.
     """
     def __init__(self, net: nn.Module, schedule: VPSchedule):
         super().__init__()
@@ -176,7 +182,7 @@ OBJECTIVES = {  # name: (function, what fills its estimate, whether F is scaled 
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-048
 def estimate_of(objective: str, estimate: str | None = None) -> str:
-    """What fills the estimate: `estimate`, or where it is None what the objective says.
+    """What fills the estimate, one of `ESTIMATES`: `estimate`, or where it is None what the objective says.
 
     Raises `ValueError` for names that do not exist, and for a pair whose sampler would feed what training never shows.
     """
@@ -196,6 +202,7 @@ def assemble(objective: str, net: nn.Module, schedule: VPSchedule) -> DDDM:
     r"""The model $f_\theta$ of an objective: F is the network, or the network under `Boundary`.
 
     Its attribute `blind` says whether training shows zeros in place of an estimate, so that `generate` does the same.
+    net: as `Boundary` takes it. Raises `ValueError` for an objective that does not exist.
     """
     refuse_unknown("objective", objective, list(OBJECTIVES))
     model = DDDM(Boundary(net, schedule) if OBJECTIVES[objective][2] else net, schedule)
@@ -204,7 +211,7 @@ def assemble(objective: str, net: nn.Module, schedule: VPSchedule) -> DDDM:
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-052
 def times_down(T: int, steps: int) -> list[int]:
-    "steps + 1 times from T to 0 in equal steps, rounded."
+    "steps + 1 times from T to 0 in equal steps, rounded. `ValueError` unless 1 <= steps <= T."
     check_count("steps", steps)
     if steps > T: raise ValueError(f"steps={steps}: the schedule has only T={T} times")
     return [round(T * (steps - k) / steps) for k in range(steps + 1)]
@@ -245,7 +252,7 @@ def generate(model, sampler: str = "fixed", n: int = 16, steps=(1, 2, 5, 20, 100
     for name, value in (("n", n), ("batch_size", batch_size)): check_count(name, value)
     if not len(steps): raise ValueError("steps is empty; give at least one number of steps")
     for s in steps: times_down(model.schedule.T, s)
-    label, like, out = class_labels(model, label, n), next(model.parameters()), {}
+    label, like, out = class_labels(model, label, n), next(model.parameters(), torch.zeros(())), {}
     for s in sorted(set(steps)):
         parts = []
         for a in range(0, n, batch_size):

@@ -36,7 +36,7 @@ CIFAR10_SMALL = dict(data="cifar10", shape=(3, 32, 32), net=dict(base=32, multip
 REPAIR = dict(objective="consistency", rungs="rising", lr_decay=0.5, drop_last=True, distance="pseudo_huber")
 DIGITS_CONSISTENCY = {**DIGITS, **REPAIR, "lr": 6e-4, "classes": 10, "epochs": 96}
 CIFAR10_SMALL_CONSISTENCY = {**CIFAR10_SMALL, **REPAIR, "lr": 3e-4}
-CIFAR10_CONSISTENCY = {**CIFAR10, **REPAIR, "levels": (10, 1280)}
+CIFAR10_CONSISTENCY = {**CIFAR10, **REPAIR, "levels": (10, 640)}
 
 # %% ../nbs/11_presets.ipynb #11-presets-013
 def deeper(fields: dict) -> dict:

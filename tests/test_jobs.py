@@ -98,6 +98,24 @@ def test_a_job_of_many_runs_does_each_once(root, tmp_path, notebook, parameters,
     assert [(r["steps"], r["fd"]) for r in json.loads((tmp_path / "r.json").read_text())["rows"]] == [(r["steps"], r["fd"]) for r in first]
 
 
+def test_compare_adds_what_a_piece_lacks_and_refuses_another_kind(root, tmp_path):
+    "More steps are measured on the run that is there; other settings are refused; `gather` trains nothing."
+    small = SMALL.replace("epochs: 1, ", "")
+    def job(changes, **more):
+        fields = dict(dict(train="true", n=64, steps="[1, 2]", seeds="[0]", arms="[paper]"), **more)
+        return papermill(root, "compare.ipynb", tmp_path / "out.ipynb", f"out: {tmp_path / 'runs'}, results: {tmp_path / 'r.json'}, epochs: 1, {changes}{', '.join(f'{k}: {v}' for k, v in fields.items())}, {small}")
+    rows = lambda: {(r["arm"], r["steps"]): r["fd"] for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert (done := job("")).returncode == 0, done.stderr[-3000:]
+    first, weights = rows(), next((tmp_path / "runs" / "paper-0" / "checkpoints").iterdir()).stat().st_mtime_ns
+    assert (done := job("long_steps: 5, long_arms: [paper], ")).returncode == 0, done.stderr[-3000:]
+    assert rows().keys() == {("paper", 1), ("paper", 2), ("paper", 5)} and {k: rows()[k] for k in first} == first
+    assert next((tmp_path / "runs" / "paper-0" / "checkpoints").iterdir()).stat().st_mtime_ns == weights
+    refused = job("", n=32)
+    assert refused.returncode == 1 and "n: 64 there, 32 here" in refused.stderr
+    gathered = job("gather: true, ", train="false", arms="[paper, regression]")
+    assert gathered.returncode == 0 and rows().keys() == {("paper", 1), ("paper", 2)} and not (tmp_path / "runs" / "regression-0").exists()
+
+
 @pytest.mark.parametrize("notebook, parameters, message", [
     ("compare.ipynb", "arms: [papr]", "did you mean paper"),
     ("ablate.ipynb", "parts: [d]", "Known: distance, c, T"),

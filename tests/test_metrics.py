@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+import torchvision
 import torch_fidelity
 from PIL import Image
 from safetensors.torch import save_file
@@ -194,6 +195,15 @@ def test_no_weights_and_no_network_fails_before_sampling(which, tmp_path, monkey
     assert not drawn
 
 
+@pytest.mark.slow
+def test_vgg16_from_a_file_and_under_its_name(tmp_path):
+    with torch.random.fork_rng(devices=[]): torch.manual_seed(0); torch.save(torchvision.models.vgg16().state_dict(), tmp_path / "vgg.pth")
+    with pytest.warns(UserWarning, match="not the published file.*FD-vgg16"): eye = load_extractor("vgg16", tmp_path / "vgg.pth", "cpu")
+    with warnings.catch_warnings(): warnings.simplefilter("ignore"); found = evaluate(colour(6, 0), colour(5, 1), eye, ("fd", "precision"), device="cpu")
+    assert list(found) == ["FD-vgg16", "precision"] and found["FD-vgg16"].value > 0
+    assert extract(colour(6, 0), eye).features.shape == (6, 4096)
+
+
 # sources
 
 def test_batches_do_not_matter(net, x):
@@ -294,7 +304,10 @@ def test_stale_damaged_and_foreign_caches(cache, net):
         with pytest.warns(UserWarning, match=f"computed again: {why.strip()}"): assert (reference_features(data, net).features == good.features).all()
         with warnings.catch_warnings(): warnings.simplefilter("error"); reference_features(data, net)                     # whole again
     save_file({"features": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="was not written by dddm"): reference_features(data, net)
+    for foreign in (path.read_bytes(), b"somebody's notes\n" * 40):
+        path.write_bytes(foreign)
+        with pytest.raises(ValueError, match="was not written by dddm"): reference_features(data, net)
+        assert path.read_bytes() == foreign
 
 
 def test_a_library_of_another_version_is_another_kind(cache, net, monkeypatch):

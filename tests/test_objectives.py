@@ -13,7 +13,7 @@ from torch import nn
 from dddm import training
 from dddm.losses import distance
 from dddm.model import DDDM
-from dddm.objectives import (ESTIMATES, OBJECTIVES, Boundary, Part, assemble, consistency, estimate_of, from_noise, generate, ladder, level_count,
+from dddm.objectives import (ESTIMATES, OBJECTIVES, Boundary, Part, assemble, consistency, estimate_of, fill, from_noise, generate, ladder, level_count,
                              levels, needs_store, sigma, times_down)
 from dddm.schedule import VPSchedule
 from dddm.training import TrainConfig, epoch_batches, newest_checkpoint, train
@@ -228,6 +228,14 @@ def test_needs_store_and_refusals():
         with pytest.raises(ValueError, match=words): estimate_of(objective, estimate)
     with pytest.raises(ValueError, match="self or noise"): TrainConfig(objective="consistency", estimate="truth")
     with pytest.raises(ValueError, match="did you mean"): assemble("consistancy", Toy(), schedule)
+
+
+def test_names_and_options_that_do_not_exist_are_refused():
+    part = some_part()
+    with pytest.raises(ValueError, match="did you mean 'store'"): fill("stor", None, part, part.x0, part.t)
+    with pytest.raises(ValueError, match="at least two levels"): levels(schedule, 1)
+    for name in ("paper", "consistency"):
+        with pytest.raises(TypeError): OBJECTIVES[name][0](None, None, schedule, part, rung="uniform")
 
 
 def test_runs_without_store_save_none(tmp_path):

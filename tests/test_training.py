@@ -1,6 +1,7 @@
 "What the training notebook cannot show: real processes, kills, damage, a full disk, two devices."
 import dataclasses
 import json
+import math
 import random
 import signal
 import subprocess
@@ -349,3 +350,13 @@ def test_drop_last_leaves_out_the_smaller_batch_and_nothing_else(tmp_path):
     run = training.Run(TrainConfig(**{**TINY, "batch": 700, "objective": "consistency", "drop_last": True}), tmp_path / "run")
     assert run.steps == 2 * 4
     with pytest.raises(ValueError, match="keeps a store"): TrainConfig(**{**TINY, "drop_last": True})
+
+
+def test_a_distance_that_has_not_seen_imagenet_trains(tmp_path):
+    "`distance_options: {features: digits}`: Pseudo-LPIPS on a trunk of our own, by name, through checkpoint and resume."
+    fields = dict(shape=(1, 8, 8), net=dict(base=8, multipliers=(1,), blocks=1, attention=(), estimate=(8,)), distance="pseudo_lpips", c=0.1, distance_options=dict(features="digits"), batch=600, sample_every=0, checkpoint_every=1)
+    train(TrainConfig(epochs=1, **fields), tmp_path / "run", progress=False)
+    train(TrainConfig(epochs=2, **fields), tmp_path / "run", progress=False)
+    losses = [r["loss"] for r in history(tmp_path / "run")]
+    assert len(losses) and all(math.isfinite(v) and v > 0 for v in losses)
+    with pytest.raises(ValueError, match="digts"): training.open_distance(TrainConfig(**{**fields, "distance_options": dict(features="digts")}))
