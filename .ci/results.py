@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Print the README's results tables, made from nbs/results/evaluate-*.json: what nbs/evaluate.ipynb left as results.json of named runs.
+"""Print the README's results tables, made from nbs/results: evaluate-*.json is what nbs/evaluate.ipynb left as results.json of named runs,
+compare-*.json what nbs/compare.ipynb and nbs/09b_reproduction.ipynb wrote.
 
-They stand in nbs/index.ipynb between two comments, `<!-- results -->` and `<!-- /results -->`. With --write they are put there (then
-.ci/readme.py carries them into README.md); with --check it says whether they are there.
+They stand in nbs/index.ipynb between pairs of comments, `<!-- results -->` and `<!-- /results -->`, `<!-- compare-digits -->` and so on. With
+--write they are put there (then .ci/readme.py carries them into README.md); with --check it says whether they are there.
 """
 import json
 import pathlib
@@ -13,7 +14,8 @@ from dddm.metrics import check_kind, load_results, markdown, mean_std
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = (1, 2, 5, 20, 100, 1000)
 COLUMNS = ("precision", "recall", "diversity", "mean shift", "confident", "copies")
-BEGIN, END = "<!-- results -->\n", "\n<!-- /results -->"
+RESULTS = ROOT / "nbs" / "results"
+KEPT = {"fixed": "fixed $x_T$", "renoise": "re-noised", "ddim": "DDIM"}
 
 
 def number(results: list) -> str:
@@ -47,24 +49,61 @@ def section(path: pathlib.Path) -> str:
     return "\n\n".join(parts)
 
 
-def tables() -> str: return "\n\n".join(section(p) for p in sorted((ROOT / "nbs" / "results").glob("evaluate-*.json")))
+def mean_text(values: list, digits: int = 3) -> str:
+    "Mean and, over several seeds, smallest to largest."
+    mean = f"{sum(values) / len(values):.{digits}g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}g} to {max(values):.{digits}g})"
+
+
+def compared(name: str) -> str:
+    "The table of a results file of compare.ipynb: Frechet distance by arm, sampler and number of steps, with the number of seeds."
+    if not (path := RESULTS / f"compare-{name}.json").exists(): return "(not run yet)"
+    found = json.loads(path.read_text())
+    about, rows, lines = found["config"], found["rows"], []
+    steps = sorted({r["steps"] for r in rows})
+    for arm, sampler in dict.fromkeys((r["arm"], r["sampler"]) for r in rows):
+        mine = [r for r in rows if (r["arm"], r["sampler"]) == (arm, sampler)]
+        values = {s: [r["fd"] for r in mine if r["steps"] == s] for s in steps}
+        lines.append({"arm, sampler": f"{arm}, {KEPT[sampler]}", "seeds": len({r["seed"] for r in mine}), **{f"{s} step{'s' * (s > 1)}": mean_text(v) if v else "" for s, v in values.items()},
+                      "sure, 1 step": mean_text([r["confident"] for r in mine if r["steps"] == 1], 2)})
+    return (f"FD-{about['extractor']} (arms of notebook `compare`, {about['epochs']} epochs of {about['reference_n']:,} images, batch {about['batch']}, n = {about['n']:,}; as many real images are expected at {about['real']['fd']:.2g}); "
+            f"mean (smallest to largest) over the seeds; \"sure\": share of samples with p >= 0.9, of the data {about['real']['confident']:.2g}:\n\n" + markdown(lines))
+
+
+def ring() -> str:
+    "Notebook 09b's table of the ring: mean over its repeats."
+    found = json.loads((RESULTS / "compare-2d.json").read_text())
+    rows, lines = found["rows"], []
+    for arm, sampler in dict.fromkeys((r["arm"], r["sampler"]) for r in rows):
+        value = lambda key, s: [r[key] for r in rows if (r["arm"], r["sampler"], r["steps"]) == (arm, sampler, s)]
+        lines.append({"arm, sampler": f"{arm}, {KEPT[sampler]}", **{f"{s} step{'s' * (s > 1)}": f"{sum(value('energy', s)) / len(value('energy', s)):.2g}" if value("energy", s) else "" for s in (1, 2, 5, 1000)},
+                      "rms to the flow, 1 step": f"{sum(value('rms_to_flow', 1)) / len(value('rms_to_flow', 1)):.2f}"})
+    return markdown(lines)
+
+
+def tables() -> dict:
+    "{name of the pair of comments: text between them}."
+    return {"results": "\n\n".join(section(p) for p in sorted(RESULTS.glob("evaluate-*.json"))), "compare-2d": ring(),
+            **{f"compare-{name}": compared(name) for name in ("digits", "cifar10-small")}}
 
 
 def main(arguments) -> None:
-    text, index = tables(), ROOT / "nbs" / "index.ipynb"
-    if not arguments: print(text); return
-    nb = json.loads(index.read_text())
-    for cell in nb["cells"]:
-        source = "".join(cell["source"])
-        if BEGIN not in source: continue
-        before, rest = source.split(BEGIN)
-        made = before + BEGIN + text + END + rest.split(END, 1)[1]
-        if "--write" in arguments:
+    index = ROOT / "nbs" / "index.ipynb"
+    nb, changed = json.loads(index.read_text()), False
+    for name, text in tables().items():
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if not arguments: print(begin + text + end + "\n"); continue
+        for cell in nb["cells"]:
+            source = "".join(cell["source"])
+            if begin not in source: continue
+            before, rest = source.split(begin)
+            made = before + begin + text + end + rest.split(end, 1)[1]
+            changed |= source != made
             cell["source"] = made.splitlines(keepends=True)
-            index.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
-        elif source != made: raise SystemExit("nbs/index.ipynb does not have the tables that nbs/results gives: run `python .ci/results.py --write`, then `python .ci/readme.py`")
-        return
-    raise SystemExit(f"nbs/index.ipynb has no {BEGIN.strip()}: put it and {END.strip()} where the tables shall stand")
+            break
+        else: raise SystemExit(f"nbs/index.ipynb has no {begin.strip()}: put it and {end.strip()} where the tables shall stand")
+    if "--write" in arguments: index.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
+    elif changed: raise SystemExit("nbs/index.ipynb does not have the tables that nbs/results gives: run `python .ci/results.py --write`, then `python .ci/readme.py`")
 
 
 if __name__ == "__main__": main(sys.argv[1:])

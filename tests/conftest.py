@@ -7,6 +7,8 @@ os.environ["MPLBACKEND"] = "agg"
 
 import pytest
 import torch
+from torch import nn
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 torch.set_num_threads(1)
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -23,3 +25,21 @@ def cifar10_copy():
     if not (folder / "cifar10-jpeg-train.zip").exists():
         pytest.skip(f"no cifar10-jpeg-train.zip in {folder}; set DDDM_CIFAR10 to a folder that has it")
     return folder
+
+
+class Blank(FeatureExtractorInceptionV3):
+    def load_state_dict(self, state): pass
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory):
+    "A weights file with Inception's names and shapes, and random numbers in it: what it scores means nothing."
+    path = tmp_path_factory.mktemp("weights") / "inception-shaped.pth"
+    torch.save({}, path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Blank("blank", ["2048"], feature_extractor_weights_path=str(path))
+        for p in model.parameters():
+            if p.ndim > 1: nn.init.kaiming_normal_(p)
+    torch.save(model.state_dict(), path)
+    return path

@@ -9,13 +9,15 @@ import sys
 import time
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from dddm.data import digits
 from dddm.metrics import Result, check_kind, evaluate, load_results, save_results
 from dddm.objectives import generate
 from dddm.presets import preset
-from dddm.training import load, train
+from dddm.training import TrainConfig, load, train
 
 SMALL = dict(epochs=1, batch=600, net=dict(base=16, attention=[], estimate=[4]), sample_every=0, device="cpu")
 
@@ -52,11 +54,13 @@ def test_interrupted_and_damaged_ends_in_the_numbers_of_the_library(root, run, t
     first, third = pieces[0].with_name("seed0-steps1.safetensors"), pieces[0]
     written = first.stat().st_mtime_ns
     third.write_bytes(third.read_bytes()[:-100])
+    [scores] = out.rglob("seed0-steps1-*.json")
+    scores.write_text(scores.read_text()[:40])
 
     done = papermill(root, tmp_path / "again.ipynb", parameters)
     assert done.returncode == 0, done.stderr[-3000:]
     text = printed(tmp_path / "again.ipynb")
-    assert first.stat().st_mtime_ns == written and "seed0-steps3.safetensors is made again: it is damaged" in text and "tiny: lowest FD-digits" in text
+    assert first.stat().st_mtime_ns == written and "seed0-steps3.safetensors is made again: it is damaged" in text and f"the scores in {scores.name} are made again: the file is damaged" in text and "tiny: lowest FD-digits" in text
     found, about = load_results(out / "results.json")
     assert list(found) == [f"tiny, {s} steps, seed {k}" for k, s in ((0, 1), (0, 3), (0, 200), (1, 1), (1, 3))] + ["noise"]
     assert about["cells"]["tiny, 3 steps, seed 1"] == dict(run="tiny", steps=3, seed=1) and about["subjects"]["tiny"]["sampler"] == "fixed"
@@ -81,6 +85,21 @@ def test_two_runs_with_another_sampler(root, run, tmp_path):
     assert {name: s["sampler"] for name, s in about["subjects"].items()} == {"tiny": "fixed", "regression": "ddim"}
     expected = evaluate(generate(load(other), "ddim", 80, (4,), seed=3)[4], digits(), "digits", "fd", seed=3, device="cpu", cache=False, progress=False)
     assert found["regression, 4 steps, seed 3"]["FD-digits"].value == pytest.approx(expected["FD-digits"].value, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_inception_from_a_file_as_a_job(root, tmp_path, random_inception):
+    "The path of the paper's own numbers, at a dozen images and random weights: their name says that it is no FID."
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(60): Image.fromarray(np.random.default_rng(k).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{k:02d}.png")
+    config = TrainConfig(data=str(folder), shape=(3, 16, 16), epochs=1, batch=30, net=dict(base=8, multipliers=(1,), blocks=1, attention=(), estimate=(16,)), sample_every=0, device="cpu")
+    run = train(config, tmp_path / "colour", progress=False)
+    done = papermill(root, tmp_path / "out.ipynb", f"run: {run}, out: {tmp_path / 'results'}, n: 12, steps: [1, 2], seeds: [0], extractor: inception, weights: {random_inception}, batch_size: 12, device: cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, _ = load_results(tmp_path / "results" / "results.json")
+    assert set(found["colour, 1 steps, seed 0"]) == {"FD-inception", "IS-inception", "precision", "recall", "diversity", "mean shift", "copies"}
+    assert "is no FID" in printed(tmp_path / "out.ipynb")
 
 
 @pytest.mark.parametrize("parameters, message", [

@@ -11,7 +11,6 @@ import torch_fidelity
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from dddm import metrics
@@ -47,24 +46,6 @@ def colour(n, seed, dark=1):
 def folder(path, pixels):
     path.mkdir(parents=True)
     for i, p in enumerate(pixels): Image.fromarray(p.permute(1, 2, 0).numpy().squeeze()).save(path / f"{i:04}.png")
-    return path
-
-
-class Blank(FeatureExtractorInceptionV3):
-    def load_state_dict(self, state): pass
-
-
-@pytest.fixture(scope="session")
-def random_inception(tmp_path_factory):
-    "A weights file with Inception's names and shapes, and random numbers in it: what it scores means nothing."
-    path = tmp_path_factory.mktemp("weights") / "inception-shaped.pth"
-    torch.save({}, path)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Blank("blank", ["2048"], feature_extractor_weights_path=str(path))
-        for p in model.parameters():
-            if p.ndim > 1: nn.init.kaiming_normal_(p)
-    torch.save(model.state_dict(), path)
     return path
 
 
