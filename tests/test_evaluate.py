@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dddm.data import digits
+from dddm.data import CIFAR10, digits
 from dddm.metrics import Result, check_kind, evaluate, load_results, save_results
 from dddm.objectives import generate
 from dddm.presets import preset
@@ -85,6 +85,20 @@ def test_two_runs_with_another_sampler(root, run, tmp_path):
     assert {name: s["sampler"] for name, s in about["subjects"].items()} == {"tiny": "fixed", "regression": "ddim"}
     expected = evaluate(generate(load(other), "ddim", 80, (4,), seed=3)[4], digits(), "digits", "fd", seed=3, device="cpu", cache=False, progress=False)
     assert found["regression, 4 steps, seed 3"]["FD-digits"].value == pytest.approx(expected["FD-digits"].value, rel=1e-4)
+
+
+def test_cifar10_runs_are_judged_by_cifar(root, tmp_path):
+    "A run on CIFAR-10 of class folders, and no word about the extractor: the small network of that data judges, under its name."
+    for k, name in enumerate(CIFAR10):
+        (tmp_path / "c10" / name).mkdir(parents=True)
+        for i in range(4): Image.fromarray(np.random.default_rng(10 * k + i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "c10" / name / f"{i}.png")
+    config = preset("cifar10-small", data_path=str(tmp_path / "c10"), epochs=1, batch=20, net=dict(base=8, attention=[], estimate=[8]), sample_every=0, device="cpu")
+    run = train(config, tmp_path / "small", progress=False)
+    done = papermill(root, tmp_path / "out.ipynb", f"run: {run}, out: {tmp_path / 'results'}, n: 20, steps: [1, 3], seeds: [0], device: cpu")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, about = load_results(tmp_path / "results" / "results.json")
+    scored = found["small, 3 steps, seed 0"]
+    assert about["distance"] == "FD-cifar" and (scored["FD-cifar"].n, scored["FD-cifar"].reference_n, scored["FD-cifar"].extractor) == (20, 40, "cifar")
 
 
 @pytest.mark.slow
