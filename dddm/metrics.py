@@ -467,9 +467,9 @@ def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, floa
 def precision_recall(generated: torch.Tensor, reference: torch.Tensor, k: int = 3, device="cpu") -> tuple[float, float]:
     """Share of features generated [n, D] inside the manifold of the reference [N, D], and the reverse (Kynkäänniemi et al. 2019), by torch-fidelity.
 
-    The manifold: a ball around each point that reaches its k-th nearest neighbour. In blocks of at most forty million distances, which take about 0.65 GB at any n."""
+    The manifold: a ball around each point that reaches its k-th nearest neighbour. In blocks of at most 1,000 rows and forty million distances, which take about 0.65 GB at any n."""
     if min(len(generated), len(reference)) <= k: raise ValueError(f"k={k}: both sides need more images than that; there are {len(generated)} and {len(reference)}")
-    rows = max(1, 40_000_000 // max(len(generated), len(reference)))
+    rows = min(1000, max(1, 40_000_000 // max(len(generated), len(reference))))
     found = prc_features_to_metric(generated.to(device), reference.to(device), prc_neighborhood=k, prc_batch_size=rows, save_cpu_ram=True, verbose=False)
     return found["precision"], found["recall"]
 
