@@ -225,6 +225,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'dddm.objectives.Boundary.forward': ('objectives.html#boundary.forward', 'dddm/objectives.py'),
                                  'dddm.objectives.Part': ('objectives.html#part', 'dddm/objectives.py'),
                                  'dddm.objectives.assemble': ('objectives.html#assemble', 'dddm/objectives.py'),
+                                 'dddm.objectives.blindfold': ('objectives.html#blindfold', 'dddm/objectives.py'),
                                  'dddm.objectives.consistency': ('objectives.html#consistency', 'dddm/objectives.py'),
                                  'dddm.objectives.estimate_of': ('objectives.html#estimate_of', 'dddm/objectives.py'),
                                  'dddm.objectives.fill': ('objectives.html#fill', 'dddm/objectives.py'),

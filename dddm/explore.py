@@ -83,7 +83,7 @@ def read_model(path) -> DDDM:
 WEIGHTS = Path(training.__file__).parent / "weights"
 SHIPPED = {  # name: (file, sha256)
     "digits-paper": ("model-paper.safetensors", "13cec716ba9db8832a89082753e3ac4a52adaef16dcc436bf25cb224204dc3ee"),
-    "digits-consistency": ("model-consistency.safetensors", "1d945d1da07008b6efaba24c05685472caf4251e797e74cbe324af1a823808b9"),
+    "digits-consistency": ("model-consistency.safetensors", "3cc6ff0d696f9d15210180729fe0a5be959f4236b16cfe3754ffab6e516cfce2"),
 }
 
 def shipped_file(name: str) -> Path:

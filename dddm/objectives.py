@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ESTIMATES', 'RUNGS', 'OBJECTIVES', 'SAMPLERS', 'RENOISE_STREAM', 'Part', 'inner', 'fill', 'self_conditioned', 'paper',
            'published_code', 'sigma', 'levels', 'level_count', 'spaced', 'ladder', 'consistency', 'Boundary',
-           'estimate_of', 'needs_store', 'assemble', 'times_down', 'from_noise', 'generate']
+           'estimate_of', 'needs_store', 'blindfold', 'assemble', 'times_down', 'from_noise', 'generate']
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-003
 import math
@@ -53,10 +53,12 @@ def inner(model):
 def fill(how: str, model, part: Part, x_t, t) -> torch.Tensor:
     r"""The estimate [B, C, H, W] that the network is given in training, without gradient.
 
-    store: the sample's own row (the paper). noise: N(0, I) at every step, as in the first step of sampling. truth: $x_0$ itself.
-    shuffled: the row of the sample before it in the part (noise in a part of one). self: `self_conditioned`. none: zeros.
-    x_t [B, C, H, W]: the noisy images; t: long [B]. Raises `ValueError` for another name.
+    store: the sample's own row: algorithm 1. noise: N(0, I) at every step, what sampling's first step feeds, so nothing can leak or differ.
+    truth: $x_0$ itself, the leak in full, as in the published code. shuffled: the row of the sample before it in the part (noise in a part of
+    one): looks like the store's and tells nothing. self: `self_conditioned`, what sampling's first two steps feed. none: zeros, for the baselines.
+    x_t [B, C, H, W]: the noisy images; t: long [B]. Raises `ValueError` for another name, and for a store's row where `part.estimate` is None.
     """
+    if how in ("store", "shuffled") and part.estimate is None: raise ValueError(f"estimate={how!r} needs the store's rows, but part.estimate is None")
     if how == "store": return part.estimate
     if how == "noise": return part.first
     if how == "truth": return part.x0
@@ -78,7 +80,7 @@ def self_conditioned(model, part: Part, x_t, t) -> torch.Tensor:
 def paper(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", level_range=None, rungs=None):
     r"""Equation (5): $d(f_\theta(x_0^{(n)}, x_t, t), x_0)$ [B]; the rows $x_0^{(n+1)}$ [B, C, H, W] for the store, detached; and t [B].
 
-    `estimate`: what stands in the place of $x_0^{(n)}$, one of `ESTIMATES`; "store" is algorithm 1, "none" plain regression of $x_0$ on $x_t$.
+    The reproduction: what the paper writes. `estimate`: what stands in the place of $x_0^{(n)}$, one of `ESTIMATES`; "store" is algorithm 1, "none" plain regression of $x_0$ on $x_t$.
     `level_range`, `rungs`: not used; all objectives are called alike.
     """
     x_t = schedule.diffuse(part.x0, part.t, part.noise)
@@ -87,7 +89,10 @@ def paper(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", l
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-020
 def published_code(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", level_range=None, rungs=None):
-    r"""$w\,d(\hat x_0, x_0) + (1-w)\,d(\hat x_0, \text{row})$ with $w = 1/(\text{epoch}+1)$ [B]; the rows that it stores: the ground truth $x_0$ [B, C, H, W]; and t [B]. `part.estimate`, the row, must be there; `level_range` and `rungs` are not used."""
+    r"""$w\,d(\hat x_0, x_0) + (1-w)\,d(\hat x_0, \text{row})$ with $w = 1/(\text{epoch}+1)$ [B]; the rows that it stores: the ground truth $x_0$ [B, C, H, W]; and t [B].
+
+    Here because the paper's numbers came with this code, which computes something else than the paper. `part.estimate`, the row, must be there (`ValueError`); `level_range` and `rungs` are not used.
+    """
     x_t, weight = schedule.diffuse(part.x0, part.t, part.noise), 1 / (part.epoch + 1)
     x_hat = model(fill(estimate, model, part, x_t, part.t), x_t, part.t, part.label)
     return weight * d(x_hat, part.x0) + (1 - weight) * d(x_hat, part.estimate), part.x0, part.t
@@ -111,7 +116,8 @@ def levels(schedule: VPSchedule, n: int, rho: float | None = 7.0) -> torch.Tenso
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-033
 def level_count(progress: float, least: int, most: int) -> int:
-    "Number of levels after a share `progress`, in [0, 1), of the training: `least`, doubled at equal intervals until `most` >= `least` (Song & Dhariwal 2023)."
+    "Number of levels after a share `progress`, in [0, 1), of the training: `least`, doubled at equal intervals until `most` (Song & Dhariwal 2023). `ValueError` unless 2 <= least <= most."
+    if not 2 <= least <= most: raise ValueError(f"levels ({least}, {most}): need 2 <= least <= most")
     return min(most, least * 2 ** int(progress * (math.log2(most / least) + 1)))
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-034
@@ -142,6 +148,7 @@ def ladder(T: int, beta_min: float, beta_max: float, n: int, rungs: str = "logno
 def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "self", level_range: tuple = (10, 80), rungs: str = "lognormal"):
     r"""$w\,d\big(f_\theta(\cdot, x_t, t),\ \mathrm{stop\_gradient}\,f_\theta(\cdot, x_s, s)\big)$ [B]; s the level below t, the same noise in both, $f = x_0$ at s = 0. Then None (it stores nothing), and t, long [B].
 
+    The repair: it trains the end point of the PF-ODE that definition (2) asks for (Song et al. 2023; Song & Dhariwal 2023).
     `part.t` is not used: t comes from `part.u` by the distribution of `ladder`, with `level_count(part.progress, *level_range)` levels and the choice `rungs`, which also gives the weight w.
     Sets torch's global seed to `part.seed` before each of the two passes.
     """
@@ -198,15 +205,20 @@ def needs_store(objective: str, estimate: str | None = None) -> bool:
     return estimate_of(objective, estimate) in ("store", "shuffled")
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-049
+def blindfold(model, inputs: tuple) -> tuple:
+    "Forward hook of a model that has no estimate: zeros in its place."
+    return torch.zeros_like(inputs[0]), *inputs[1:]
+
 def assemble(objective: str, net: nn.Module, schedule: VPSchedule) -> DDDM:
     r"""The model $f_\theta$ of an objective: F is the network, or the network under `Boundary`.
 
-    Its attribute `blind` says whether training shows zeros in place of an estimate, so that `generate` does the same.
+    An objective without an estimate gets a `blindfold`: its network is fed zeros whatever it is given, in training and by every sampler; its attribute `blind` says so.
     net: as `Boundary` takes it. Raises `ValueError` for an objective that does not exist.
     """
     refuse_unknown("objective", objective, list(OBJECTIVES))
     model = DDDM(Boundary(net, schedule) if OBJECTIVES[objective][2] else net, schedule)
     model.blind = OBJECTIVES[objective][1] == "none"
+    if model.blind: model.register_forward_pre_hook(blindfold)
     return model
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-052
@@ -245,7 +257,7 @@ def generate(model, sampler: str = "fixed", n: int = 16, steps=(1, 2, 5, 20, 100
     r"""Images 0 … n - 1 of `seed` after each number of steps: a dict steps -> [n, C, H, W] in [-1, 1] on the CPU, ascending (clamp=False: not cut).
 
     sampler: "fixed" is algorithm 2 (`dddm.sampling.at_steps`: one trajectory serves all numbers of steps); "ddim" and "renoise" are those
-    of `from_noise`, one run for each; a model that was trained with estimates is fed $x_0^{(0)}$ there. model: of `assemble`. Every sampler starts image i from the same $x_T$. Raises `ValueError` for bad arguments.
+    of `from_noise`, one run for each, with $x_0^{(0)}$ as the estimate throughout (a model without estimates is blind to it). Every sampler starts image i from the same $x_T$. Raises `ValueError` for bad arguments.
     """
     refuse_unknown("sampler", sampler, SAMPLERS)
     if sampler == "fixed": return at_steps(model, n, steps, seed, label, batch_size, clamp=clamp)
@@ -259,6 +271,6 @@ def generate(model, sampler: str = "fixed", n: int = 16, steps=(1, 2, 5, 20, 100
             index = range(a, min(a + batch_size, n))
             x_T, x0 = (v.to(like) for v in draws(seed, index, model.shape))
             noise = (lambda k: seeded_normal(seed, index, model.shape, stream=RENOISE_STREAM + k).to(like)) if sampler == "renoise" else None
-            parts.append(from_noise(model, x_T, s, None if label is None else label[a:a + batch_size], noise, clamp, None if model.blind else x0).cpu())
+            parts.append(from_noise(model, x_T, s, None if label is None else label[a:a + batch_size], noise, clamp, x0).cpu())
         out[s] = torch.cat(parts)
     return out

@@ -34,7 +34,7 @@ CIFAR10_SMALL = dict(data="cifar10", shape=(3, 32, 32), net=dict(base=32, multip
 
 # %% ../nbs/11_presets.ipynb #11-presets-011
 REPAIR = dict(objective="consistency", rungs="rising", lr_decay=0.5, drop_last=True, distance="pseudo_huber")
-DIGITS_CONSISTENCY = {**DIGITS, **REPAIR, "lr": 6e-4, "classes": 10, "epochs": 96}
+DIGITS_CONSISTENCY = {**DIGITS, **REPAIR, "lr": 6e-4, "classes": 10, "epochs": 75, "ema": 0.95, "net": {**DIGITS["net"], "base": 16, "multipliers": (1, 2)}}
 CIFAR10_SMALL_CONSISTENCY = {**CIFAR10_SMALL, **REPAIR, "lr": 3e-4}
 CIFAR10_CONSISTENCY = {**CIFAR10, **REPAIR, "levels": (10, 640)}
 

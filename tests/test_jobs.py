@@ -118,6 +118,10 @@ def test_compare_adds_what_a_piece_lacks_and_refuses_another_kind(root, tmp_path
 
 @pytest.mark.parametrize("notebook, parameters, message", [
     ("compare.ipynb", "arms: [papr]", "did you mean paper"),
+    ("compare.ipynb", "overrides: {lr: 0.01}", "overrides has lr, which the arms set themselves"),
+    ("compare.ipynb", "steps: [1, 2000]", "steps=2000: the schedule has only T=1000 times"),
+    ("compare.ipynb", "seeds: []", "at least one entry each"),
+    ("ablate.ipynb", "overrides: {epochs: 1}", "overrides has epochs, which this job varies or sets itself"),
     ("ablate.ipynb", "parts: [d]", "Known: distance, c, T"),
     ("ablate.ipynb", "c_values: [-1]", "expected a finite number >= 0"),
     ("ablate.ipynb", "seed: 1", "unknown parameter seed"),

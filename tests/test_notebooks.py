@@ -32,3 +32,10 @@ def test_as_committed(path):
     assert not [o for c in code for o in c.outputs if o.output_type == "error"]
     assert not code or any(c.outputs for c in code), f"{path.name} is committed without outputs: run it"
     for place in {str(pathlib.Path.home()), str(NBS.parents[1])} - {"/"}: assert f"{place}/" not in text, f"{path.name} names {place}"
+
+
+@pytest.mark.parametrize("path", [pytest.param(NBS / f"{name}.ipynb", id=name) for name in sorted(JOBS | {"09b_reproduction"})])
+def test_takes_parameters(path):
+    "papermill puts its parameters behind the one cell that has the tag."
+    tagged = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1 and tagged[0].cell_type == "code"

@@ -266,12 +266,30 @@ def test_ddim_step_by_hand():
     np.testing.assert_allclose(from_noise(model, x, 3).detach().numpy(), y, rtol=1e-3, atol=1e-4)
 
 
-def test_models_with_estimates_are_fed_them():
-    "ddim and renoise give a model that was trained with estimates the image's noise, one that was not, zeros."
-    for objective, blind in (("consistency", False), ("improved_consistency", True)):
+@pytest.mark.parametrize("sampler", ["fixed", "ddim", "renoise"])
+def test_models_with_estimates_are_fed_them(sampler):
+    "Every sampler gives a model that was trained with estimates noise or an answer, and one that was not, zeros; so does a copy of it, and a call of one's own."
+    for objective, blind in (("consistency", False), ("improved_consistency", True), ("regression", True)):
         net = Toy()
-        generate(assemble(objective, net, schedule), "renoise", 3, (2,))
-        assert len(net.calls) == 2 and all((c[2] == 0).all() == blind for c in net.calls)
+        model = assemble(objective, net, schedule)
+        made = generate(model, sampler, 3, (1, 2))
+        assert len(net.calls) == (2 if sampler == "fixed" else 3) and all((c[2] == 0).all() == blind for c in net.calls)
+        twin = copy.deepcopy(model)
+        twin(torch.ones(2, 1, 2, 2), torch.ones(2, 1, 2, 2), torch.tensor([1, T]))
+        assert (twin.net.net.calls[-1][2] == 0).all() == blind
+        if blind and sampler == "fixed": assert torch.equal(made[1], made[2]) and torch.equal(made[1], generate(model, "ddim", 3, (1,))[1])
+
+
+@pytest.mark.parametrize("how", ["store", "shuffled"])
+def test_a_missing_store_is_told(how):
+    p = some_part()
+    p.estimate = None
+    with pytest.raises(ValueError, match="part.estimate is None"): evaluate("paper", assemble("paper", Toy(), schedule), p, how)
+
+
+@pytest.mark.parametrize("least, most", [(80, 10), (1, 10)])
+def test_levels_that_fall_are_refused(least, most):
+    with pytest.raises(ValueError, match="need 2 <= least <= most"): level_count(0.5, least, most)
 
 
 def test_boundary_keeps_what_the_sampler_asks_of_a_net():
