@@ -91,7 +91,7 @@ def paper(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", l
 def published_code(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", level_range=None, rungs=None):
     r"""$w\,d(\hat x_0, x_0) + (1-w)\,d(\hat x_0, \text{row})$ with $w = 1/(\text{epoch}+1)$ [B]; the rows that it stores: the ground truth $x_0$ [B, C, H, W]; and t [B].
 
-    Here because the paper's numbers came with this code, which computes something else than the paper. `part.estimate`, the row, must be there (`ValueError`); `level_range` and `rungs` are not used.
+    Here because it is what the paper's authors published, and it computes something else than the paper. `part.estimate`, the row, must be there (`ValueError`); `level_range` and `rungs` are not used.
     """
     x_t, weight = schedule.diffuse(part.x0, part.t, part.noise), 1 / (part.epoch + 1)
     x_hat = model(fill(estimate, model, part, x_t, part.t), x_t, part.t, part.label)
