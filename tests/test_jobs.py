@@ -1,5 +1,6 @@
 "The papermill jobs, as a user starts them: a process, parameters, an output notebook."
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -114,6 +115,21 @@ def test_compare_adds_what_a_piece_lacks_and_refuses_another_kind(root, tmp_path
     assert refused.returncode == 1 and "n: 64 there, 32 here" in refused.stderr
     gathered = job("gather: true, ", train="false", arms="[paper, regression]")
     assert gathered.returncode == 0 and rows().keys() == {("paper", 1), ("paper", 2)} and not (tmp_path / "runs" / "regression-0").exists()
+
+
+@pytest.mark.slow
+def test_compiled_sampling_measures_the_same(root, tmp_path):
+    "More steps on a copy of one run, compiled and not: the same distances, and the early rows untouched."
+    small = SMALL.replace("epochs: 1, ", "")
+    def job(name, changes):
+        done = papermill(root, "compare.ipynb", tmp_path / "out.ipynb", f"train: true, out: {tmp_path / name}, results: {tmp_path / name}.json, epochs: 1, n: 64, seeds: [0], arms: [paper], steps: [1], {changes}{small}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        return {r["steps"]: r["fd"] for r in json.loads((tmp_path / f"{name}.json").read_text())["rows"]}
+    first = job("plain", "")
+    shutil.copytree(tmp_path / "plain", tmp_path / "fast")
+    plain, fast = (job(name, f"long_steps: 4, long_arms: [paper], compiled: {name == 'fast'}, ") for name in ("plain", "fast"))
+    assert plain.keys() == fast.keys() == {1, 4} and plain[1] == fast[1] == first[1]
+    assert fast[4] == pytest.approx(plain[4], rel=1e-3)
 
 
 @pytest.mark.parametrize("notebook, parameters, message", [
