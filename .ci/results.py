@@ -64,7 +64,7 @@ def compared(name: str) -> str:
     for arm, sampler in dict.fromkeys((r["arm"], r["sampler"]) for r in rows):
         mine = [r for r in rows if (r["arm"], r["sampler"]) == (arm, sampler)]
         values, sure = {s: [r["fd"] for r in mine if r["steps"] == s] for s in steps}, [r["confident"] for r in mine if r["steps"] == 1]
-        lines.append({"arm, sampler": f"{arm}, {KEPT[sampler]}", "seeds": len({r["seed"] for r in mine}), **{f"{s} step{'s' * (s > 1)}": mean_text(v) if v else "" for s, v in values.items()},
+        lines.append({"arm, sampler": f"{arm}, {KEPT[sampler]}", "seeds": len({r["seed"] for r in mine}), **{f"{s} step{'s' * (s > 1)}": mean_text(v) + (f", {len(v)} seed{'s' * (len(v) > 1)}" if len(v) < len(sure) else "") if v else "" for s, v in values.items()},
                       "sure, 1 step": f"{sum(sure) / len(sure):.2f}"})
     return (f"FD-{about['extractor']} (arms of notebook `compare`, {about['epochs']} epochs of {about['reference_n']:,} images, batch {about['batch']}, n = {about['n']:,}; as many real images are expected at {about['real']['fd']:.2g}); "
             f"mean (smallest to largest) over the seeds; \"sure\": share of samples with p >= 0.9, of the data {about['real']['confident']:.2g}:\n\n" + markdown(lines))
