@@ -267,6 +267,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dddm.sampling._estimates': ('sampling.html#_estimates', 'dddm/sampling.py'),
                                'dddm.sampling.at_steps': ('sampling.html#at_steps', 'dddm/sampling.py'),
                                'dddm.sampling.check_count': ('sampling.html#check_count', 'dddm/sampling.py'),
+                               'dddm.sampling.check_settle': ('sampling.html#check_settle', 'dddm/sampling.py'),
                                'dddm.sampling.class_labels': ('sampling.html#class_labels', 'dddm/sampling.py'),
                                'dddm.sampling.draws': ('sampling.html#draws', 'dddm/sampling.py'),
                                'dddm.sampling.eval_mode': ('sampling.html#eval_mode', 'dddm/sampling.py'),

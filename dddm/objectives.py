@@ -253,14 +253,16 @@ SAMPLERS = ("fixed", "ddim", "renoise")
 RENOISE_STREAM = 16          # the streams below belong to the store and to `dddm.sampling.draws`
 
 def generate(model, sampler: str = "fixed", n: int = 16, steps=(1, 2, 5, 20, 100), seed: int = 0, label=None, batch_size: int = 256,
-             clamp: bool = True) -> dict[int, torch.Tensor]:
+             clamp: bool = True, settle: float | None = None) -> dict[int, torch.Tensor]:
     r"""Images 0 … n - 1 of `seed` after each number of steps: a dict steps -> [n, C, H, W] in [-1, 1] on the CPU, ascending (clamp=False: not cut).
 
     sampler: "fixed" is algorithm 2 (`dddm.sampling.at_steps`: one trajectory serves all numbers of steps); "ddim" and "renoise" are those
-    of `from_noise`, one run for each, with $x_0^{(0)}$ as the estimate throughout (a model without estimates is blind to it). Every sampler starts image i from the same $x_T$. Raises `ValueError` for bad arguments.
+    of `from_noise`, one run for each, with $x_0^{(0)}$ as the estimate throughout (a model without estimates is blind to it). Every sampler starts image i from the same $x_T$.
+    settle: as in `at_steps`, for "fixed" alone; the other two have no steps to leave out. Raises `ValueError` for bad arguments.
     """
     refuse_unknown("sampler", sampler, SAMPLERS)
-    if sampler == "fixed": return at_steps(model, n, steps, seed, label, batch_size, clamp=clamp)
+    if sampler == "fixed": return at_steps(model, n, steps, seed, label, batch_size, clamp=clamp, settle=settle)
+    if settle is not None: raise ValueError(f"settle={settle!r} is for the sampler 'fixed': every step of {sampler!r} is at another time")
     for name, value in (("n", n), ("batch_size", batch_size)): check_count(name, value)
     if not len(steps): raise ValueError("steps is empty; give at least one number of steps")
     for s in steps: times_down(model.schedule.T, s)

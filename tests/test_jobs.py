@@ -138,6 +138,7 @@ def test_compiled_sampling_measures_the_same(root, tmp_path):
     ("compare.ipynb", "steps: [1, 2000]", "steps=2000: the schedule has only T=1000 times"),
     ("compare.ipynb", "seeds: []", "at least one entry each"),
     ("compare.ipynb", "n: 0", "n=0: must be an integer >= 1"),
+    ("compare.ipynb", "settle: small", "settle=small: must be None"),
     ("ablate.ipynb", "overrides: {epochs: 1}", "overrides has epochs, which this job varies or sets itself"),
     ("ablate.ipynb", "parts: [d]", "Known: distance, c, T"),
     ("ablate.ipynb", "c_values: [-1]", "expected a finite number >= 0"),

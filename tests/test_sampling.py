@@ -108,13 +108,26 @@ def test_large_finite_half_precision_output_is_not_called_infinite():
     model = DDDM(Scripted([big]), VPSchedule())
     assert next(iterate(model, torch.zeros(4, 2, dtype=torch.float16), clamp=False)).eq(30000).all()
 
+def test_a_batch_is_left_when_nothing_of_it_moves():
+    rest, creeping = torch.zeros(2, 2), torch.zeros(2, 2); creeping[1, 0] = 1e-3         # one value of one image moves
+    script = [rest, creeping, creeping] + [rest, rest]                                   # batch 1 rests after its third step, batch 2 after its second
+    found = at_steps(DDDM(Scripted(script), VPSchedule()), 4, (1, 2, 3, 4, 500), batch_size=2, settle=1e-4)
+    for s, first in ((1, rest), (2, creeping), (3, creeping), (4, creeping), (500, creeping)):
+        torch.testing.assert_close(found[s], torch.cat([first, rest]), rtol=0, atol=1e-6)            # F = x_T - f rounds
+    net = Scripted([rest, creeping] * 3)
+    moving = at_steps(DDDM(net, VPSchedule()), 2, (2, 6), settle=1e-4)                   # it never rests: every step is made
+    assert not net.values and torch.allclose(moving[6], creeping, atol=1e-6)
+    wide = Scripted([rest, creeping] * 3)
+    assert torch.allclose(at_steps(DDDM(wide, VPSchedule()), 2, (6,), settle=1e-2)[6], creeping, atol=1e-6) and len(wide.values) == 4
+    with pytest.raises(RuntimeError, match="step 2 of 6"): at_steps(DDDM(Scripted([rest, rest / 0]), VPSchedule()), 2, (6,), settle=1e-4)
+
 def test_arguments_are_checked_before_the_model_runs():
     model = DDDM(Scripted([]), VPSchedule())               # any call of it fails
     x = torch.zeros(3, 2)
     for call in (lambda: iterate(model, x, steps=0), lambda: iterate(model, x[:, :1]), lambda: iterate(model, x, x[:1]),
                  lambda: iterate(model, x * torch.nan), lambda: iterate(model, x, x / 0), lambda: sample(model, 0), lambda: sample(model, 2, -1),
                  lambda: sample(model, 2, batch_size=0), lambda: sample(model, 2, seed=-1), lambda: sample(model, 2, start=-1),
-                 lambda: at_steps(model, 2, ()), lambda: at_steps(model, 2, (1, 0))):
+                 lambda: at_steps(model, 2, ()), lambda: at_steps(model, 2, (1, 0)), lambda: at_steps(model, 2, settle=-1)):
         with pytest.raises(ValueError): call()
 
 def test_stopping_early_and_going_on_alone():
