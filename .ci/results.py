@@ -76,7 +76,7 @@ def ring() -> str:
     rows, lines = found["rows"], []
     for arm, sampler in dict.fromkeys((r["arm"], r["sampler"]) for r in rows):
         value = lambda key, s: [r[key] for r in rows if (r["arm"], r["sampler"], r["steps"]) == (arm, sampler, s)]
-        lines.append({"arm, sampler": f"{arm}, {KEPT[sampler]}", **{f"{s} step{'s' * (s > 1)}": f"{sum(value('energy', s)) / len(value('energy', s)):.2g}" if value("energy", s) else "" for s in (1, 2, 5, 1000)},
+        lines.append({"arm, sampler": f"{arm}, {KEPT[sampler]}", **{f"{s} step{'s' * (s > 1)}": f"{sum(value('energy', s)) / len(value('energy', s)):.2g}" if value("energy", s) else "" for s in (1, 2, 5, 100, 1000)},
                       "rms to the flow, 1 step": f"{sum(value('rms_to_flow', 1)) / len(value('rms_to_flow', 1)):.2f}"})
     return markdown(lines)
 
