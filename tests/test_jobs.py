@@ -108,7 +108,7 @@ def test_compare_adds_what_a_piece_lacks_and_refuses_another_kind(root, tmp_path
     rows = lambda: {(r["arm"], r["steps"]): r["fd"] for r in json.loads((tmp_path / "r.json").read_text())["rows"]}
     assert (done := job("")).returncode == 0, done.stderr[-3000:]
     first, weights = rows(), next((tmp_path / "runs" / "paper-0" / "checkpoints").iterdir()).stat().st_mtime_ns
-    assert (done := job("long_steps: 5, long_arms: [paper], ")).returncode == 0, done.stderr[-3000:]
+    assert (done := job("long_steps: 5, long_arms: null, settle: 2.0e-6, ")).returncode == 0, done.stderr[-3000:]
     assert rows().keys() == {("paper", 1), ("paper", 2), ("paper", 5)} and {k: rows()[k] for k in first} == first
     assert next((tmp_path / "runs" / "paper-0" / "checkpoints").iterdir()).stat().st_mtime_ns == weights
     refused = job("", n=32)
