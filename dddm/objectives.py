@@ -146,10 +146,11 @@ def ladder(T: int, beta_min: float, beta_max: float, n: int, rungs: str = "logno
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-039
 def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "self", level_range: tuple = (10, 80), rungs: str = "lognormal"):
-    r"""$w\,d\big(f_\theta(\cdot, x_t, t),\ \mathrm{stop\_gradient}\,f_\theta(\cdot, x_s, s)\big)$ [B]; s the level below t, the same noise in both, $f = x_0$ at s = 0. Then None (it stores nothing), and t, long [B].
+    r"""$w\,d\big(f_\theta(\cdot, x_t, t),\ \mathrm{stop\_gradient}\,f_\theta(\cdot, x_s, s)\big)$ [B]; s the level below t, the same noise in both, $f = x_0$ at s = 0. Then None (it stores nothing; under `estimate="store"` $f_\theta(\cdot, x_t, t)$ [B, C, H, W], detached), and t, long [B].
 
     The repair: it trains the end point of the PF-ODE that definition (2) asks for (Song et al. 2023; Song & Dhariwal 2023).
     `part.t` is not used: t comes from `part.u` by the distribution of `ladder`, with `level_count(part.progress, *level_range)` levels and the choice `rungs`, which also gives the weight w.
+    `estimate`: "self" or "noise"; "store" is a control, the paper's estimate under this target, the sample's own row on both sides.
     Sets torch's global seed to `part.seed` before each of the two passes.
     """
     times, share, weight = ladder(schedule.T, schedule.beta_min, schedule.beta_max, level_count(part.progress, *level_range), rungs, part.progress)
@@ -162,7 +163,7 @@ def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "sel
         target = inner(model)(fill(estimate, model, below, x_s, s), x_s, s, part.label)
     torch.manual_seed(part.seed)
     x_hat = model(fill(estimate, model, part, x_t, t), x_t, t, part.label)
-    return weight[i - 1].to(part.x0.device, torch.float32) * d(x_hat, target), None, t
+    return weight[i - 1].to(part.x0.device, torch.float32) * d(x_hat, target), x_hat.detach() if estimate == "store" else None, t
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-043
 class Boundary(nn.Module):
@@ -191,13 +192,13 @@ OBJECTIVES = {  # name: (function, what fills its estimate, whether F is scaled 
 def estimate_of(objective: str, estimate: str | None = None) -> str:
     """What fills the estimate, one of `ESTIMATES`: `estimate`, or where it is None what the objective says.
 
-    Raises `ValueError` for names that do not exist, and for a pair whose sampler would feed what training never shows.
+    Raises `ValueError` for names that do not exist, and for an estimate that the objective does not take.
     """
     refuse_unknown("objective", objective, list(OBJECTIVES))
     if estimate is None: return OBJECTIVES[objective][1]
     refuse_unknown("estimate", estimate, ESTIMATES)
-    allowed = {"paper": ("store", "noise", "truth", "shuffled", "self"), "consistency": ("self", "noise")}.get(objective, OBJECTIVES[objective][1:2])
-    if estimate not in allowed: raise ValueError(f"estimate={estimate!r}: objective {objective!r} takes {' or '.join(allowed)}; its training or its sampler has no other")
+    allowed = {"paper": ("store", "noise", "truth", "shuffled", "self"), "consistency": ("self", "noise", "store")}.get(objective, OBJECTIVES[objective][1:2])
+    if estimate not in allowed: raise ValueError(f"estimate={estimate!r}: objective {objective!r} takes {' or '.join(allowed)}")
     return estimate
 
 def needs_store(objective: str, estimate: str | None = None) -> bool:

@@ -80,6 +80,7 @@ def test_benchmark(root, tmp_path):
     ("compare.ipynb", "arms: [paper, regression], long_arms: [paper], long_steps: 4", [("paper", 1), ("paper", 2), ("paper", 4), ("regression", 1), ("regression", 2)]),
     ("ablate.ipynb", "parts: [c, T], objectives: [paper], c_values: [0.1, 0.12], T_values: [100, 200]", [("paper, lpips", 1), ("paper, lpips", 2), *((f"paper, pseudo_lpips, c = {c}", s) for c in (0.1, 0.12) for s in (1, 2)),
                                                                                            ("T = 100, 1 epochs", 1), ("T = 100, 1 epochs", 2), ("T = 200, 1 epochs", 1), ("T = 200, 1 epochs", 2), ("T = 200, 2 epochs", 1), ("T = 200, 2 epochs", 2)]),
+    ("ablate.ipynb", "parts: [recipe]", [(f"{rungs}, {rate}, {last}", s) for rungs in ("lognormal", "rising") for rate in ("constant", "falling") for last in ("kept", "left out") for s in (1, 2)]),
 ])
 def test_a_job_of_many_runs_does_each_once(root, tmp_path, notebook, parameters, lines):
     "Every arm is trained and scored; started again, the job reads what is there and trains only what is missing."
@@ -140,7 +141,7 @@ def test_compiled_sampling_measures_the_same(root, tmp_path):
     ("compare.ipynb", "n: 0", "n=0: must be an integer >= 1"),
     ("compare.ipynb", "settle: small", "settle=small: must be None"),
     ("ablate.ipynb", "overrides: {epochs: 1}", "overrides has epochs, which this job varies or sets itself"),
-    ("ablate.ipynb", "parts: [d]", "Known: distance, c, T"),
+    ("ablate.ipynb", "parts: [d]", "Known: distance, c, T, recipe"),
     ("ablate.ipynb", "c_values: [-1]", "expected a finite number >= 0"),
     ("ablate.ipynb", "seed: 1", "unknown parameter seed"),
 ])

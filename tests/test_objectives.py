@@ -16,12 +16,12 @@ from dddm.model import DDDM
 from dddm.objectives import (ESTIMATES, OBJECTIVES, Boundary, Part, assemble, consistency, estimate_of, fill, from_noise, generate, ladder, level_count,
                              levels, needs_store, sigma, times_down)
 from dddm.schedule import VPSchedule
-from dddm.training import TrainConfig, epoch_batches, newest_checkpoint, train
+from dddm.training import TrainConfig, epoch_batches, newest_checkpoint, open_store, train
 
 schedule, T = VPSchedule(1000), 1000
 AB = np.cumprod(1 - np.concatenate([[0], (0.1 + np.arange(1000) / 999 * 19.9) / 1000]))          # the schedule, on its own
 FEEDS = [(o, e) for o, e in [("paper", h) for h in ("store", "noise", "truth", "shuffled", "self")] + [("published_code", "store"), ("consistency", "self"),
-                                                                                                     ("consistency", "noise"), ("improved_consistency", "none"), ("regression", "none")]]
+                                                                                                     ("consistency", "noise"), ("consistency", "store"), ("improved_consistency", "none"), ("regression", "none")]]
 
 
 class Toy(nn.Module):
@@ -95,7 +95,7 @@ def test_what_goes_to_the_store():
     before = part.estimate.clone()
     for objective, how in FEEDS:
         value, row, t = evaluate(objective, assemble(objective, Toy(), schedule), part, how)
-        if "consistency" in objective: assert row is None
+        if "consistency" in objective and how != "store": assert row is None
         elif objective == "published_code": assert torch.equal(row, part.x0)
         else: assert row.shape == part.x0.shape and not row.requires_grad and not torch.equal(row, part.x0)
         assert torch.equal(part.estimate, before), "an objective changed its input"
@@ -112,7 +112,7 @@ def test_published_code_weighs_by_epoch():
     torch.testing.assert_close(mixed[4], to_truth / 5 + to_row * 4 / 5)
 
 
-@pytest.mark.parametrize("objective, how", [("consistency", "self"), ("consistency", "noise"), ("improved_consistency", "none")])
+@pytest.mark.parametrize("objective, how", [("consistency", "self"), ("consistency", "noise"), ("consistency", "store"), ("improved_consistency", "none")])
 def test_the_smaller_side_has_no_gradient(objective, how):
     "Gradient of the loss with the target as a constant, computed apart, and no graph in any pass but the last."
     net = Toy()
@@ -223,7 +223,8 @@ def test_rising_rungs_move_upwards_and_weigh_by_the_formula():
 def test_needs_store_and_refusals():
     assert [o for o in OBJECTIVES if needs_store(o)] == ["paper", "published_code"]
     assert [e for e in ESTIMATES if e != "none" and needs_store("paper", e)] == ["store", "shuffled"]
-    for objective, estimate, words in (("papre", None, "did you mean 'paper'"), ("paper", "nosie", "did you mean 'noise'"), ("consistency", "store", "self or noise"), ("consistency", "none", "self or noise"),
+    assert [e for e in ("self", "noise", "store") if needs_store("consistency", e)] == ["store"]
+    for objective, estimate, words in (("papre", None, "did you mean 'paper'"), ("paper", "nosie", "did you mean 'noise'"), ("consistency", "truth", "self or noise"), ("consistency", "none", "self or noise"),
                                        ("regression", "self", "takes none"), ("improved_consistency", "noise", "takes none"), ("published_code", "truth", "takes store"), ("paper", "none", "store or noise")):
         with pytest.raises(ValueError, match=words): estimate_of(objective, estimate)
     with pytest.raises(ValueError, match="self or noise"): TrainConfig(objective="consistency", estimate="truth")
@@ -243,6 +244,18 @@ def test_runs_without_store_save_none(tmp_path):
     for objective, estimate in (("paper", "noise"), ("consistency", None)):
         run = train(TrainConfig(objective=objective, estimate=estimate, **tiny), tmp_path / objective, progress=False)
         assert not list(run.glob("checkpoints/*/store-*"))
+
+
+def test_consistency_with_a_store_keeps_its_own_answers(tmp_path):
+    "The control of the repair, trained for an epoch: every row was written, with something else than the N(0, I) that it began with, and the run says that it needs its store."
+    tiny = dict(net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)), batch=128, epochs=1, sample_every=0, device="cpu")
+    config = TrainConfig(objective="consistency", estimate="store", **tiny)
+    run = train(config, tmp_path / "run", progress=False)
+    store, fresh = open_store(config, 1797, 0, 1, torch.device("cpu")), open_store(config, 1797, 0, 1, torch.device("cpu"))
+    store.load_state_dict(torch.load(newest_checkpoint(run) / "store-0.pt", weights_only=True))
+    every = torch.arange(1797)
+    assert ((store.read(every) - fresh.read(every)).flatten(1).abs().amax(1) > 0).all()
+    with pytest.raises(ValueError, match="every row must be written"): TrainConfig(objective="consistency", estimate="store", drop_last=True, **tiny)
 
 
 @pytest.mark.parametrize("objective", ["consistency", "improved_consistency", "regression"])
