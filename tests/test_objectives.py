@@ -247,7 +247,7 @@ def test_runs_without_store_save_none(tmp_path):
 
 
 def test_consistency_with_a_store_keeps_its_own_answers(tmp_path):
-    "The control of the repair, trained for an epoch: every row was written, with something else than the N(0, I) that it began with, and the run says that it needs its store."
+    "The control of the repair, trained for an epoch: its checkpoint has a store, in which every row differs from the N(0, I) that it began with; a part of an epoch is refused."
     tiny = dict(net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)), batch=128, epochs=1, sample_every=0, device="cpu")
     config = TrainConfig(objective="consistency", estimate="store", **tiny)
     run = train(config, tmp_path / "run", progress=False)
