@@ -81,9 +81,22 @@ def ring() -> str:
     return markdown(lines)
 
 
+def generators() -> str:
+    "The shipped generators: three columns of their evaluations, by number of steps."
+    lines = []
+    for path in (RESULTS / "evaluate-digits-consistency.json", RESULTS / "evaluate-digits-few-steps.json"):
+        found, about = load_results(path)
+        (name, subject), = about["subjects"].items()
+        for column, word in ((about["distance"], about["distance"]), ("confident", "sure"), ("copies", "copies")):
+            at = {steps: [found[label][column] for label, cell in about["cells"].items() if cell["steps"] == steps] for steps in STEPS}
+            lines.append({"model, sampler": f"{name}, {KEPT[subject['sampler']]}" if word == about["distance"] else "", "score": word, **{f"{s} step{'s' * (s > 1)}": number(v) for s, v in at.items() if v},
+                          "real images, expected": f"{found[next(iter(about['cells']))][column].floor:.3g}"})
+    return markdown(lines)
+
+
 def tables() -> dict:
     "{name of the pair of comments: text between them}."
-    return {"results": "\n\n".join(section(p) for p in sorted(RESULTS.glob("evaluate-*.json"))), "compare-2d": ring(),
+    return {"results": "\n\n".join(section(p) for p in sorted(RESULTS.glob("evaluate-*.json"))), "compare-2d": ring(), "shipped": generators(),
             **{f"compare-{name}": compared(name) for name in ("digits", "cifar10-small")}}
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADM_CIFAR', 'CIFAR10', 'ADM_IMAGENET', 'IMAGENET64', 'DIGITS', 'CIFAR10_SMALL', 'REPAIR', 'DIGITS_CONSISTENCY',
-           'CIFAR10_SMALL_CONSISTENCY', 'CIFAR10_CONSISTENCY', 'PRESETS', 'deeper', 'preset', 'main']
+           'CIFAR10_SMALL_CONSISTENCY', 'CIFAR10_CONSISTENCY', 'FEW_STEPS', 'PRESETS', 'deeper', 'preset', 'main']
 
 # %% ../nbs/11_presets.ipynb #11-presets-002
 import argparse
@@ -37,6 +37,7 @@ REPAIR = dict(objective="consistency", rungs="rising", lr_decay=0.5, drop_last=T
 DIGITS_CONSISTENCY = {**DIGITS, **REPAIR, "lr": 6e-4, "classes": 10, "epochs": 75, "ema": 0.95, "net": {**DIGITS["net"], "base": 16, "multipliers": (1, 2)}}
 CIFAR10_SMALL_CONSISTENCY = {**CIFAR10_SMALL, **REPAIR, "lr": 3e-4}
 CIFAR10_CONSISTENCY = {**CIFAR10, **REPAIR, "levels": (10, 640)}
+FEW_STEPS = dict(rungs="lognormal", sampler="renoise")
 
 # %% ../nbs/11_presets.ipynb #11-presets-013
 def deeper(fields: dict) -> dict:
@@ -47,6 +48,7 @@ PRESETS = {"digits": DIGITS, "cifar10-small": CIFAR10_SMALL, "cifar10": CIFAR10,
            **{f"cifar10-T{T}": {**CIFAR10, "T": T, "epochs": T} for T in (2000, 4000, 8000)},
            "cifar10-deep": deeper(CIFAR10), "imagenet64": IMAGENET64, "imagenet64-deep": deeper(IMAGENET64),
            "digits-consistency": DIGITS_CONSISTENCY, "cifar10-small-consistency": CIFAR10_SMALL_CONSISTENCY, "cifar10-consistency": CIFAR10_CONSISTENCY}
+PRESETS |= {name.replace("consistency", "few-steps"): {**fields, **FEW_STEPS} for name, fields in PRESETS.items() if name.endswith("-consistency")}
 
 # %% ../nbs/11_presets.ipynb #11-presets-014
 def preset(name: str, **overrides) -> TrainConfig:

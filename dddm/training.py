@@ -46,8 +46,8 @@ from . import data as images
 from .features import trunk
 from .losses import distance, refuse_unknown
 from .model import DDDM
-from .objectives import OBJECTIVES, RUNGS, Part, assemble, estimate_of, needs_store
-from .sampling import at_steps, save_grid
+from .objectives import OBJECTIVES, RUNGS, Part, assemble, estimate_of, generate, needs_store, sampler_of
+from .sampling import save_grid
 from .schedule import VPSchedule
 from .store import EstimateStore
 from .unet import UNet
@@ -56,7 +56,7 @@ from .unet import UNet
 CHOICES = dict(objective=tuple(OBJECTIVES), rungs=RUNGS, on_error=("stop", "skip"), precision=("auto", "float32", "bfloat16"), device=("auto", "cpu"),
                store_dtype=("float32", "float16", "bfloat16", "uint8"))
 NET_FIELDS = tuple(k for k in inspect.signature(UNet).parameters if k not in ("shape", "classes"))
-RESUMABLE = ("epochs", "device", "log_every", "checkpoint_every", "sample_every", "data_path", "download", "on_error")   # may differ when a run goes on
+RESUMABLE = ("epochs", "device", "log_every", "checkpoint_every", "sample_every", "data_path", "download", "on_error", "sampler")   # may differ when a run goes on
 
 # %% ../nbs/09_training.ipynb #09-training-007
 @dataclass
@@ -64,7 +64,7 @@ class TrainConfig:
     r"""What one run of algorithm 1 is. Fields, with the paper's symbols:
 
     data, data_path: what `dddm.data.load` takes; download: allow it to fetch CIFAR-10; on_error: "stop" at a bad image, or "skip" it; resize: scale, crop and recolour other images to shape (else they stop the run); shape: (C, H, W); classes: number of labels, None = unconditional.
-    net: arguments of `dddm.unet.UNet` beyond shape and classes. T, beta_min, beta_max: the schedule. objective: what a step computes, "paper" is equation (5); estimate: what fills the estimate in training, None is the objective's own (see `dddm.objectives`); levels: fewest and most noise levels of the consistency objectives; rungs: how those are drawn. distance, c, distance_options: $d$, as `dddm.losses.distance` takes them.
+    net: arguments of `dddm.unet.UNet` beyond shape and classes. T, beta_min, beta_max: the schedule. objective: what a step computes, "paper" is equation (5); estimate: what fills the estimate in training, None is the objective's own (see `dddm.objectives`); levels: fewest and most noise levels of the consistency objectives; rungs: how those are drawn; sampler: how the trained model makes images unless it is told otherwise, one of `dddm.objectives.SAMPLERS`, None is the objective's own. distance, c, distance_options: $d$, as `dddm.losses.distance` takes them.
     epochs, batch: passes over the data; samples in a step, over all devices together; drop_last: leave out an epoch's last batch where it is smaller. lr: Adam's rate, constant in the paper; lr_decay: share of the training, its last, in which the rate falls linearly to 0. ema: decay of the weights' average; ema_warmup: use min(ema, (1+step)/(10+step)), so that a short run is not all start.
     flip: mirror images at random. store_dtype, store_path: the estimate store's number format; a file to hold it, or None for memory. seed: every random draw follows from it.
     micro_batch: most samples in one forward pass of one device (None: the whole share); precision: "float32", "bfloat16" (autocast) or "auto", which is bfloat16 on CUDA; compile: torch.compile the network; device: "cpu", or "auto", which is CUDA where there is a GPU. log_every, checkpoint_every, sample_every: in steps (sample_every 0: no grids).
@@ -84,6 +84,7 @@ class TrainConfig:
     estimate: str | None = None
     levels: tuple = (10, 80)
     rungs: str = "lognormal"
+    sampler: str | None = None
     distance: str = "pseudo_huber"
     c: float = 0.0
     distance_options: dict = field(default_factory=dict)
@@ -142,7 +143,7 @@ def check_config(config: TrainConfig) -> None:
     for name in config.net: refuse_unknown("argument of the network", name, NET_FIELDS)
     need(len(config.levels) == 2 and all(type(n) is int for n in config.levels) and 2 <= config.levels[0] <= config.levels[1], "levels", "must be (fewest, most), whole numbers from 2")
     for name, known in CHOICES.items(): refuse_unknown(name, getattr(config, name), known)
-    estimate_of(config.objective, config.estimate)
+    estimate_of(config.objective, config.estimate); sampler_of(config.objective, config.sampler)
     need(not (config.drop_last and needs_store(config.objective, config.estimate)), "drop_last", f"objective {config.objective!r} keeps a store, whose every row must be written in every epoch")
     VPSchedule(config.T, config.beta_min, config.beta_max)
 
@@ -194,7 +195,7 @@ def build(config: TrainConfig) -> DDDM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(config.seed, "weights"))
         net = UNet(shape=config.shape, classes=config.classes, **config.net)
-    return assemble(config.objective, net, VPSchedule(config.T, config.beta_min, config.beta_max))
+    return assemble(config.objective, net, VPSchedule(config.T, config.beta_min, config.beta_max), config.sampler)
 
 # %% ../nbs/09_training.ipynb #09-training-027
 def ema_decay(config: TrainConfig, step: int) -> float:
@@ -523,13 +524,13 @@ def history(run_directory) -> list[dict]:
 
 # %% ../nbs/09_training.ipynb #09-training-053
 def sample_grid(run: Run, steps=(1, 5), n: int = 32) -> None:
-    "Save a grid of the averaged model's samples: two rows of 16 for each number of steps. Rank 0 alone does it."
+    "Save a grid of the averaged model's samples: two rows of 16 for each number of steps, up to T. Rank 0 alone does it."
     if not run.main: return
     label = None if run.config.classes is None else torch.arange(n) % run.config.classes
-    blocks = at_steps(run.ema, n, steps=steps, seed=run.config.seed, label=label)
+    blocks = generate(run.ema, n=n, steps=[s for s in steps if s <= run.config.T], seed=run.config.seed, label=label)
     path = run.out / "samples" / f"step-{run.done:07d}.png"
     path.parent.mkdir(exist_ok=True)
-    save_grid(torch.cat([blocks[s] for s in steps]), path, columns=n // 2)
+    save_grid(torch.cat(list(blocks.values())), path, columns=n // 2)
 
 # %% ../nbs/09_training.ipynb #09-training-055
 def seconds_per_image(run: Run, n: int = 32) -> float:

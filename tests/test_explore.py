@@ -21,6 +21,7 @@ from torch import nn
 from dddm import explore, presets, training
 from dddm.data import digits
 from dddm.model import DDDM
+from dddm.objectives import from_noise
 from dddm.schedule import VPSchedule
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -70,7 +71,7 @@ def test_shipped_files_are_the_pinned_ones():
         about, model = explore.about_model(path), explore.shipped_model(name)
         assert about["command"].startswith("papermill nbs/train.ipynb") and about["objective"] == about["config"]["objective"]
         assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
-    assert total < 1.5e6
+    assert total < 1.5 * 2 ** 20
 
 
 def test_a_damaged_or_missing_shipped_file_is_named(tmp_path, monkeypatch):
@@ -107,6 +108,40 @@ def test_trajectory_of_a_known_map():
     for s in t.at: torch.testing.assert_close(t.samples(s), t.first / 2 ** s)
     norm = t.first.flatten(1).norm(dim=1).mean().item()
     np.testing.assert_allclose(t.moved, [norm / 2 ** s for s in range(1, 31)], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "renoise"])
+def test_trajectory_of_another_sampler(sampler):
+    "Each kept number of steps is a run of its own from the same noise: DDIM's by hand; re-noised images of a longer list are the same as those of a shorter one, and of a part of the batch."
+    def f(x_t, t, estimate, label): return (0.9 - 0.5 * t.reshape(-1, 1, 1, 1) / 1000) * x_t - 0.05 * estimate            # its F
+    model = DDDM(Halving(), VPSchedule())
+    model.net.forward = f
+    model.sampler = sampler
+    t = explore.Trajectory(model, n=5, dtype=torch.float32).run(batch_size=2)
+    assert t.sampler == sampler and t.at == explore.log_steps(100) and t.done == 100 and torch.equal(t.samples(0), t.x_T)
+    if sampler == "ddim":
+        for s in (1, 3, 100): torch.testing.assert_close(t.samples(s), from_noise(model, t.x_T, s, clamp=False, x0=t.first), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(explore.Trajectory(model, n=3, steps=7, dtype=torch.float32).run().samples(7), t.samples(7)[:3])
+    assert not torch.allclose(t.samples(7), explore.Trajectory(model, n=5, steps=7, dtype=torch.float32, seed=1).run().samples(7))
+    moved = [(t.samples(b) - t.samples(a)).flatten(1).norm(dim=1).mean().item() for a, b in itertools.pairwise(t.at)]
+    np.testing.assert_allclose(t.moved[np.array(t.at[1:]) - 1], moved, rtol=1e-5)
+    assert np.isnan(np.delete(t.moved, np.array(t.at[1:]) - 1)).all()
+    assert (explore.Trajectory(model, n=5, sampler="fixed").sampler, len(explore.Trajectory(model, n=5, sampler="fixed").moved)) == ("fixed", 1000)
+    for wrong, words in ((dict(steps=2000), "has T=1000 times"), (dict(sampler="dim"), "did you mean 'ddim'")):
+        with pytest.raises(ValueError, match=words): explore.Trajectory(model, **wrong)
+
+
+def test_a_model_of_few_steps_is_shown_by_its_own_sampler():
+    "A model that re-noises ends at 100 steps on a slider that goes to 1,000, and the line of text says so; then one that iterates goes to the end again."
+    explorer = explore.StepExplorer("digits-few-steps", n=4).wait()
+    assert explorer.trajectory.sampler == "renoise" and explorer.progress.value == explorer.progress.max == 100
+    explorer.step.value = 5
+    assert "after 5 steps of re-noising: an image is" in told(explorer) and "from the one after 4, on average" in told(explorer)
+    explorer.step.value = 1000
+    assert "after 100 steps" in told(explorer) and "This sampler is shown up to 100 steps." in told(explorer)
+    explorer.model.value = "digits-paper"; explorer.wait()
+    assert "after 1,000 steps: the last one moved" in told(explorer) and explorer.progress.value == explorer.progress.max == 1000
+    explorer.close()
 
 
 def test_log_steps():
@@ -414,6 +449,10 @@ def drive(page, folder, arrows):
             pick(1, 4)
             changed("a class")
             page.shot(folder / "class.png")
+            pick(0, 2)                                                 # and the third one is sampled by re-noising
+            changed("a third model")
+            wait_for("the words on its sampler", lambda: "of re-noising" in page.js(message))
+            page.shot(folder / "few.png")
         assert page.js(f"{node}.querySelectorAll('.dddm-wrong').length") == 0
     assert page.js("document.querySelectorAll('.jp-RenderedText[data-mime-type=\"application/vnd.jupyter.stderr\"]').length") == 0
     assert page.js("[...document.querySelectorAll('.jp-OutputArea-output')].filter(o => /Error displaying widget|Loading widget/.test(o.textContent)).length") == 0

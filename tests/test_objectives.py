@@ -14,7 +14,7 @@ from dddm import training
 from dddm.losses import distance
 from dddm.model import DDDM
 from dddm.objectives import (ESTIMATES, OBJECTIVES, Boundary, Part, assemble, consistency, estimate_of, fill, from_noise, generate, ladder, level_count,
-                             levels, needs_store, sigma, times_down)
+                             levels, needs_store, sampler_of, sigma, times_down)
 from dddm.schedule import VPSchedule
 from dddm.training import TrainConfig, epoch_batches, newest_checkpoint, open_store, train
 
@@ -267,6 +267,32 @@ def test_image_i_depends_on_seed_and_i_alone(objective, sampler):
     for batch_size in (1, 4): torch.testing.assert_close(generate(model, sampler, 5, (3,), seed=4, batch_size=batch_size)[3], whole[3][:5])
     assert not torch.allclose(generate(model, sampler, 9, (3,), seed=5)[3], whole[3])
     assert model.training, "the mode must be left as it was"
+
+
+def test_a_model_knows_its_sampler():
+    "`generate` without a sampler uses the model's own: the objective's, or the one it was assembled with; a copy has it too, and a model that was made otherwise iterates."
+    for objective, own in (("paper", "fixed"), ("consistency", "fixed"), ("improved_consistency", "renoise"), ("regression", "ddim")):
+        assert sampler_of(objective) == own
+        for given in (None, "fixed", "ddim", "renoise"):
+            model = copy.deepcopy(assemble(objective, Toy(), schedule, given))
+            assert model.sampler == (given or own) and torch.equal(generate(model, n=3, steps=(3,))[3], generate(model, given or own, 3, (3,))[3])
+    plain = DDDM(Toy(), schedule)
+    assert torch.equal(generate(plain, n=3, steps=(3,))[3], generate(plain, "fixed", 3, (3,))[3])
+    for wrong in (lambda: sampler_of("consistancy"), lambda: assemble("paper", Toy(), schedule, "dim"), lambda: TrainConfig(sampler="dim")):
+        with pytest.raises(ValueError, match="did you mean"): wrong()
+
+
+def test_the_sampler_of_a_run_may_change_when_it_goes_on(tmp_path):
+    "It is no part of the training: the weights are the same, and the run then samples, in its grids too, as it was told last."
+    tiny = dict(objective="consistency", net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)), batch=900, epochs=1, sample_every=2, device="cpu")
+    run = train(TrainConfig(**tiny), tmp_path / "run", progress=False)
+    assert training.load(run).sampler == "fixed"
+    weights, grid = (newest_checkpoint(run) / "ema.safetensors").read_bytes(), run / "samples" / "step-0000002.png"
+    grid.unlink()
+    train(TrainConfig(sampler="renoise", **{**tiny, "epochs": 2}), run, progress=False)
+    assert training.load(run).sampler == "renoise"
+    again = train(TrainConfig(sampler="renoise", **tiny), tmp_path / "again", progress=False)
+    assert (newest_checkpoint(again) / "ema.safetensors").read_bytes() == weights and (again / "samples" / "step-0000002.png").exists()
 
 
 def test_ddim_step_by_hand():
