@@ -405,6 +405,7 @@ def offer_classes(self: StepExplorer, classes: int | None) -> None:
     if tuple(self.label.options) == options: return
     self.label.unobserve(self.ask, "value")
     self.label.options, self.label.layout.display = options, None if classes else "none"
+    self.label.index = None; self.label.index = 0                              # else the browser may show an empty menu
     self.label.observe(self.ask, "value")
 
 @patch

@@ -452,6 +452,7 @@ def drive(page, folder, arrows):
             pick(0, 2)                                                 # and the third one is sampled by re-noising
             changed("a third model")
             wait_for("the words on its sampler", lambda: "of re-noising" in page.js(message))
+            wait_for("the menu of classes to say what is shown", lambda: page.js(f"{node}.querySelectorAll('select')[1].selectedIndex") == 0)
             page.shot(folder / "few.png")
         assert page.js(f"{node}.querySelectorAll('.dddm-wrong').length") == 0
     assert page.js("document.querySelectorAll('.jp-RenderedText[data-mime-type=\"application/vnd.jupyter.stderr\"]').length") == 0
