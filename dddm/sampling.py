@@ -153,7 +153,10 @@ def at_steps(model, n: int, steps=(1, 2, 5, 20, 100), seed: int = 0, label=None,
 
 def sample(model, n: int, steps: int = 1, seed: int = 0, label=None, batch_size: int = 256,
            start: int = 0, shape=None, clamp: bool = True) -> torch.Tensor:
-    "n images after `steps` steps of algorithm 2, [n, *shape] on the CPU, in [-1, 1] (clamp=False: as the model gives them); see `at_steps`."
+    """n images after `steps` steps of algorithm 2, [n, *shape] on the CPU, in [-1, 1] (clamp=False: as the model gives them); see `at_steps`.
+
+    Algorithm 2 whatever the model is: one that is meant for another sampler (`model.sampler`) is sampled with it by `dddm.objectives.generate`.
+    """
     check_count("steps", steps)
     return at_steps(model, n, (steps,), seed, label, batch_size, start, shape, clamp)[steps]
 
