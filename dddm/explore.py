@@ -53,13 +53,13 @@ from .store import decode, encode
 FORMAT = "dddm-model-1"
 
 def export_model(run_directory, path, description: str, command: str) -> str:
-    """Write the averaged weights of a run to `path` (.safetensors) as float16, with its configuration, one line on it, and the `command` that trained it.
+    """Write the averaged weights of a run to `path` (.safetensors) as float16, with its configuration (but for `training.MACHINE`: no path of yours), one line on it, and the `command` that trained it.
 
     Returns the file's sha256. The same run gives the same bytes. Raises what `training.load` raises.
     """
     model, run = training.load(run_directory), Path(run_directory)
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    config = json.loads((run / "config.json").read_text())
+    config = {k: v for k, v in json.loads((run / "config.json").read_text()).items() if k not in training.MACHINE}
     about = dict(format=FORMAT, description=description, command=command, objective=config["objective"], config=config)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(save(half, {"dddm": json.dumps(about, sort_keys=True)}))       # one entry: the order of several is not fixed
@@ -83,9 +83,9 @@ def read_model(path) -> DDDM:
 # %% ../nbs/12_explore.ipynb #12-explore-007
 WEIGHTS = Path(training.__file__).parent / "weights"
 SHIPPED = {  # name: (file, sha256)
-    "digits-paper": ("model-paper.safetensors", "13cec716ba9db8832a89082753e3ac4a52adaef16dcc436bf25cb224204dc3ee"),
-    "digits-consistency": ("model-consistency.safetensors", "3cc6ff0d696f9d15210180729fe0a5be959f4236b16cfe3754ffab6e516cfce2"),
-    "digits-few-steps": ("model-few-steps.safetensors", "c8ee4ef7175a39822f25c616052ae8b22cc4d4119b1e49c006e60fd7b1ff59c7"),
+    "digits-paper": ("model-paper.safetensors", "63a7346a2533cceb093cd1d62a6fccdb935cb38a2ef246870670b4a45c924950"),
+    "digits-consistency": ("model-consistency.safetensors", "7829f98b25c205bf6e759acaa8027d71a63deeedcb55f838080e2c1af2eaa5eb"),
+    "digits-few-steps": ("model-few-steps.safetensors", "3294bec6da75135dbc6e893e239e4fbc2d5cf0399293507bb4c381bc8b520e25"),
 }
 
 def shipped_file(name: str) -> Path:
@@ -146,7 +146,7 @@ class Trajectory:
     """
     def __init__(self, model, n: int = 16, seed: int = 0, label=None, steps: int | None = None, dtype=torch.uint8, memory: float = 64e6, sampler: str | None = None):
         check_count("n", n)
-        self.sampler = sampler or getattr(model, "sampler", "fixed")
+        self.sampler = getattr(model, "sampler", "fixed") if sampler is None else sampler
         refuse_unknown("sampler", self.sampler, SAMPLERS)
         if model.shape is None: raise ValueError("the model's net has no `shape`, and so does not say what one of its samples looks like")
         self.at = log_steps(LONGEST[self.sampler] if steps is None else steps)

@@ -206,7 +206,7 @@ def sampler_of(objective: str, sampler: str | None = None) -> str:
     "The sampler of a model, one of `SAMPLERS`: `sampler`, or where it is None what the objective says. Raises `ValueError` for names that do not exist."
     refuse_unknown("objective", objective, list(OBJECTIVES))
     if sampler is not None: refuse_unknown("sampler", sampler, SAMPLERS)
-    return sampler or OBJECTIVES[objective][3]
+    return OBJECTIVES[objective][3] if sampler is None else sampler
 
 def needs_store(objective: str, estimate: str | None = None) -> bool:
     "Whether training reads the estimates of the epoch before."
@@ -267,7 +267,7 @@ def generate(model, sampler: str | None = None, n: int = 16, steps=(1, 2, 5, 20,
     of `from_noise`, one run for each, with $x_0^{(0)}$ as the estimate throughout (a model without estimates is blind to it). Every sampler starts image i from the same $x_T$.
     settle: as in `at_steps`, for "fixed" alone; the other two have no steps to leave out. Raises `ValueError` for bad arguments.
     """
-    sampler = sampler or getattr(model, "sampler", "fixed")
+    if sampler is None: sampler = getattr(model, "sampler", "fixed")
     refuse_unknown("sampler", sampler, SAMPLERS)
     if sampler == "fixed": return at_steps(model, n, steps, seed, label, batch_size, clamp=clamp, settle=settle)
     if settle is not None: raise ValueError(f"settle={settle!r} is for the sampler 'fixed': every step of {sampler!r} is at another time")

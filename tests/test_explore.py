@@ -71,7 +71,7 @@ def test_shipped_files_are_the_pinned_ones():
         about, model = explore.about_model(path), explore.shipped_model(name)
         assert about["command"].startswith("papermill nbs/train.ipynb") and about["objective"] == about["config"]["objective"]
         assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
-    assert total < 1.5 * 2 ** 20
+    assert total < 1.5e6
 
 
 def test_a_damaged_or_missing_shipped_file_is_named(tmp_path, monkeypatch):
@@ -89,7 +89,8 @@ def test_export_keeps_what_a_run_is(run, tmp_path, capsys):
     explore.main([str(run), str(tmp_path / "model.safetensors"), "--description", "short", "--command", "a test"])
     assert capsys.readouterr().out.strip() == training.sha256(tmp_path / "model.safetensors")
     about, (model, data) = explore.about_model(tmp_path / "model.safetensors"), explore.open_model(tmp_path / "model.safetensors")
-    assert about["config"] == json.loads((run / "config.json").read_text()) and about["description"] == "short" and data == "digits"
+    of_the_run = json.loads((run / "config.json").read_text())
+    assert about["config"] == {k: v for k, v in of_the_run.items() if k not in ("device", "log_every", "checkpoint_every", "sample_every", "data_path", "download", "on_error")} and about["description"] == "short" and data == "digits"
     for a, b in zip(model.parameters(), training.load(run).parameters()): assert torch.equal(a, b.half().float())
     with pytest.raises(SystemExit): explore.main([str(tmp_path), str(tmp_path / "x.safetensors"), "--description", "", "--command", ""])
     assert "no config.json" in capsys.readouterr().err
@@ -112,7 +113,7 @@ def test_trajectory_of_a_known_map():
 
 @pytest.mark.parametrize("sampler", ["ddim", "renoise"])
 def test_trajectory_of_another_sampler(sampler):
-    "Each kept number of steps is a run of its own from the same noise: DDIM's by hand; re-noised images of a longer list are the same as those of a shorter one, and of a part of the batch."
+    "Each kept number of steps is a run of its own from the same noise: DDIM's are those of `from_noise`; re-noised images of a longer list are the same as those of a shorter one, and of a part of the batch."
     def f(x_t, t, estimate, label): return (0.9 - 0.5 * t.reshape(-1, 1, 1, 1) / 1000) * x_t - 0.05 * estimate            # its F
     model = DDDM(Halving(), VPSchedule())
     model.net.forward = f
