@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'WEIGHTS', 'SHIPPED', 'LONGEST', 'BLUE', 'ORANGE', 'GREEN', 'VERMILION', 'GREY', 'STYLE', 'RUNNING',
            'IN_WORDS', 'FORMS', 'export_model', 'about_model', 'read_model', 'shipped_file', 'shipped', 'shipped_model',
-           'run_directories', 'open_model', 'log_steps', 'Trajectory', 'Canvas', 'mark', 'png', 'Page', 'picture',
-           'check_images', 'real_spacing', 'frechet_distances', 'curves', 'draw_curves', 'curves_figure',
+           'run_directories', 'open_model', 'log_steps', 'shown_steps', 'Trajectory', 'Canvas', 'mark', 'png', 'Page',
+           'picture', 'check_images', 'real_spacing', 'frechet_distances', 'curves', 'draw_curves', 'curves_figure',
            'steps_figure', 'Explorer', 'number', 'choice', 'put', 'step_slider', 'stop_all', 'StepExplorer',
            'check_points', 'end_points', 'mixture_figure', 'mixture_marks', 'MixtureExplorer', 'value_and_gradient',
            'distance_panels', 'eight_digits', 'noisy_digits', 'distance_marks', 'distance_figure', 'check_distance',
@@ -39,7 +39,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from . import training
-from .data import Images, digits
+from .data import KNOWN, Images, digits
 from .features import FEATURES, trunk
 from .losses import distance, pseudo, refuse_unknown
 from .metrics import extract, load_extractor, measure, nearest, reference_features
@@ -53,13 +53,15 @@ from .store import decode, encode
 FORMAT = "dddm-model-1"
 
 def export_model(run_directory, path, description: str, command: str) -> str:
-    """Write the averaged weights of a run to `path` (.safetensors) as float16, with its configuration (but for `training.MACHINE`: no path of yours), one line on it, and the `command` that trained it.
+    """Write the averaged weights of a run to `path` (.safetensors) as float16, with its configuration (but for `training.MACHINE` and paths of yours: of a folder of images the name is left), one line on it, and the `command` that trained it.
 
     Returns the file's sha256. The same run gives the same bytes. Raises what `training.load` raises.
     """
     model, run = training.load(run_directory), Path(run_directory)
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     config = {k: v for k, v in json.loads((run / "config.json").read_text()).items() if k not in training.MACHINE}
+    if config["store_path"]: del config["store_path"]
+    if config["data"] not in KNOWN: config["data"] = Path(config["data"]).name
     about = dict(format=FORMAT, description=description, command=command, objective=config["objective"], config=config)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(save(half, {"dddm": json.dumps(about, sort_keys=True)}))       # one entry: the order of several is not fixed
@@ -122,9 +124,7 @@ def open_model(source) -> tuple[DDDM, str | None]:
     if path.is_file(): return read_model(path), about_model(path)["config"]["data"]
     if not path.exists(): raise FileNotFoundError(f"{path} is neither a run directory nor a shipped model; the shipped ones are {', '.join(SHIPPED)}")
     if not any(path.iterdir()): raise FileNotFoundError(f"{path} is an empty directory: train a run into it, or choose another model")
-    try: model = training.load(path)
-    except RuntimeError: raise ValueError(f"{path}: the checkpoint's weights are of another network than config.json describes") from None
-    return model, json.loads((path / "config.json").read_text())["data"]
+    return training.load(path), training.read_config(path).data
 
 # %% ../nbs/12_explore.ipynb #12-explore-014
 def log_steps(last: int = 1000, count: int = 80) -> list[int]:
@@ -136,20 +136,26 @@ def log_steps(last: int = 1000, count: int = 80) -> list[int]:
 # %% ../nbs/12_explore.ipynb #12-explore-017
 LONGEST = dict(fixed=1000, ddim=100, renoise=100)
 
+def shown_steps(model, steps: int) -> list[int]:
+    "Those of `log_steps(steps)` at which a slider shows a model, by the model's own sampler: up to `LONGEST`, and to T where it walks down the schedule."
+    own = getattr(model, "sampler", "fixed")
+    return [s for s in log_steps(steps) if own == "fixed" or s <= min(LONGEST[own], model.schedule.T)]
+
 class Trajectory:
     r"""The samples 0 … n-1 of `seed` after the numbers of steps in `at` (`log_steps`), and in `moved` how far each step moved them.
 
     sampler: as `generate` takes it; None is the model's own. "fixed", algorithm 2, goes through all steps in one run: $x_0^{(1)}, x_0^{(2)}, \dots$ The others choose their times by the number of
-    steps, so each number in `at` is a run of its own, and `moved` tells how far it is from the one before. steps: the largest number; None: 1,000 for "fixed", 100 for the others.
+    steps, so each number in `at` is a run of its own, and `moved` tells how far it is from the one before. steps: the largest number, or all of `at`, ascending from 0; None: 1,000 for "fixed", 100 for the others.
     model: `DDDM` with a shape. label: as `class_labels` takes it; None: all classes in turn, where the model has some. dtype: uint8 for images, which are cut to [-1, 1]; float32 keeps points as
     they are. memory: most bytes to keep. Raises `ValueError`, before any work, where n samples need more, and for other bad arguments.
     """
-    def __init__(self, model, n: int = 16, seed: int = 0, label=None, steps: int | None = None, dtype=torch.uint8, memory: float = 64e6, sampler: str | None = None):
+    def __init__(self, model, n: int = 16, seed: int = 0, label=None, steps: int | list[int] | None = None, dtype=torch.uint8, memory: float = 64e6, sampler: str | None = None):
         check_count("n", n)
         self.sampler = getattr(model, "sampler", "fixed") if sampler is None else sampler
         refuse_unknown("sampler", self.sampler, SAMPLERS)
         if model.shape is None: raise ValueError("the model's net has no `shape`, and so does not say what one of its samples looks like")
-        self.at = log_steps(LONGEST[self.sampler] if steps is None else steps)
+        self.at = list(steps) if isinstance(steps, (list, tuple)) else log_steps(LONGEST[self.sampler] if steps is None else steps)
+        if len(self.at) < 2 or self.at[0] != 0 or sorted(set(self.at)) != self.at: raise ValueError(f"steps={steps!r}: give a number of steps, or an ascending list of them that begins with 0")
         if self.sampler != "fixed" and self.at[-1] > model.schedule.T: raise ValueError(f"steps={self.at[-1]}: the sampler {self.sampler!r} walks down the schedule, which has T={model.schedule.T} times")
         each = math.prod(model.shape) * (len(self.at) * dtype.itemsize + 12)          # 12: x_T, the estimate and the one before it, as floats
         if n * each > memory: raise ValueError(f"{n:,} samples need {training.size_text(n * each)} and the bound is {training.size_text(memory)}: at most {int(memory // each):,} fit; ask for fewer, or raise memory=")
@@ -165,7 +171,7 @@ class Trajectory:
         if self.sampler != "fixed":
             for s in self.at[1:]: yield s, generate(self.model, self.sampler, self.n, (s,), self.seed, self.label, batch_size, clamp=self.dtype == torch.uint8)[s].float()
             return
-        like = next(self.model.parameters())
+        like = next(self.model.parameters(), self.x_T)
         def batch(a):
             part = slice(a, a + batch_size)
             label = None if self.label is None else self.label[part].to(like.device)
@@ -192,6 +198,12 @@ class Trajectory:
     def kept(self) -> list[int]:
         "The kept steps that are computed, from 1 on."
         return [s for s in self.at if 1 <= s <= self.done]
+
+    def moves(self) -> tuple[str, list, np.ndarray]:
+        "What `moved` says, as a title, and at which steps: each step of algorithm 2, or each kept number of another sampler."
+        if not self.done: raise ValueError("the trajectory is not computed yet: run() it first")
+        every = list(range(1, self.done + 1)) if self.sampler == "fixed" else self.kept()
+        return "distance moved in each step" if self.sampler == "fixed" else "distance from fewer steps", every, self.moved[np.array(every) - 1]
 
 # %% ../nbs/12_explore.ipynb #12-explore-021
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
@@ -264,8 +276,8 @@ def frechet_distances(trajectory: Trajectory, data: Images) -> tuple[list, float
 
 def curves(trajectory: Trajectory, data: Images | None = None) -> dict:
     "What is drawn under the pictures: title -> (steps, values, value of real images or None). `data`: what the samples should look like."
-    every = list(range(1, trajectory.done + 1)) if trajectory.sampler == "fixed" else trajectory.kept()
-    found = {"distance moved in each step" if trajectory.sampler == "fixed" else "distance from fewer steps": (every, trajectory.moved[np.array(every) - 1], None)}
+    title, every, moved = trajectory.moves()
+    found = {title: (every, moved, None)}
     if data is None: return found
     images = data.get(torch.arange(len(data)))[0].flatten(1)
     found["distance to the nearest data image"] = trajectory.kept(), [nearest(trajectory.samples(s).flatten(1), images)[0].mean().item() for s in trajectory.kept()], real_spacing(data)
@@ -423,9 +435,7 @@ def compute(self: StepExplorer, key, stop) -> None:
         classes = getattr(model.net, "classes", None)
         with self.lock:
             if not stop.is_set(): self.offer_classes(classes)
-        own = getattr(model, "sampler", "fixed")
-        steps = self.steps if own == "fixed" else min(self.steps, LONGEST[own], model.schedule.T)
-        trajectory = Trajectory(model, n, seed, label, steps, memory=self.memory)
+        trajectory = Trajectory(model, n, seed, label, shown_steps(model, self.steps), memory=self.memory)
         with self.lock:
             while self.cache and trajectory.nbytes + sum(t.nbytes for t, _ in self.cache.values()) > self.memory: self.cache.popitem(last=False)
         trajectory.run(progress, stop)
@@ -488,7 +498,8 @@ def mixture_figure(mixture, trajectory: Trajectory, step: int | None = None, end
     left.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="first coordinate", ylabel="second coordinate")
     away = [(trajectory.samples(s) - ends).norm(dim=1).mean().item() for s in trajectory.kept()]
     right.plot(trajectory.kept(), away, color=BLUE, lw=1.8, label="distance from the exact end point")
-    right.plot(range(1, trajectory.done + 1), np.maximum(trajectory.moved[:trajectory.done], 1e-7), color=GREEN, ls="--", lw=1.5, label="distance moved in each step")
+    title, every, moved = trajectory.moves()
+    right.plot(every, np.maximum(moved, 1e-7), color=GREEN, ls="--", lw=1.5, label=title)
     right.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="mean distance", xlim=(0.9, trajectory.done * 1.1)); right.grid(alpha=0.3); right.legend(fontsize=8)
     return figure if step is None else mark(figure, **mixture_marks(trajectory, step))
 
@@ -511,7 +522,7 @@ class MixtureExplorer(Explorer):
         "The trajectory that the controls name, and its figure."
         try:
             check_points(self.mixture, model := self.models[self.model.value])
-            trajectory = Trajectory(model, self.n.value, self.seed.value, steps=self.steps, dtype=torch.float32)
+            trajectory = Trajectory(model, self.n.value, self.seed.value, steps=shown_steps(model, self.steps), dtype=torch.float32)
             self.trajectory, self.ends = trajectory.run(), end_points(self.mixture, trajectory)
             self.canvas = Canvas(mixture_figure(self.mixture, trajectory, ends=self.ends))
             self.image.layout.display = None
@@ -522,9 +533,10 @@ class MixtureExplorer(Explorer):
 
     def draw(self, change=None) -> None:
         if self.trajectory is None: return
-        step, x = self.step.value, self.trajectory.samples(self.step.value)
+        step = max(s for s in self.trajectory.at if s <= self.step.value)
+        x = self.trajectory.samples(step)
         put(self.image, self.canvas.marked(**mixture_marks(self.trajectory, step)), f"{len(x)} points after {step} steps, the modes and the exact end points; distances over steps")
-        self.tell(f"{len(x)} points after {step:,} step{'s' * (step != 1)}: on average {(x - self.ends).norm(dim=1).mean():.3g} from their exact end points.")
+        self.tell(f"{len(x)} points after {step:,} step{'s' * (step != 1)}: on average {(x - self.ends).norm(dim=1).mean():.3g} from their exact end points." + (f" This sampler is shown up to {step:,} steps." if step < self.step.value else ""))
 
 # %% ../nbs/12_explore.ipynb #12-explore-055
 def value_and_gradient(of, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -61,7 +61,8 @@ def preset(name: str, **overrides) -> TrainConfig:
     fields = dict(PRESETS[name])
     for key, value in overrides.items():
         refuse_unknown("field", key, [f.name for f in dataclasses.fields(TrainConfig)])
-        fields[key] = {**fields.get(key, {}), **value} if key in ("net", "distance_options") else value
+        if (merged := key in ("net", "distance_options")) and not isinstance(value, dict): raise ValueError(f"{key}={value!r}: must be a dict of what to change, such as {{'dropout': 0.1}} for net")
+        fields[key] = {**fields.get(key, {}), **value} if merged else value
     return TrainConfig(**fields)
 
 # %% ../nbs/11_presets.ipynb #11-presets-021
@@ -73,7 +74,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if wrong := [s for s in args.set if "=" not in s]: parser.error(f"--set {wrong[0]}: write FIELD=VALUE")
     try: config = preset(args.name, **{k: yaml.safe_load(v) for k, v in (s.split("=", 1) for s in args.set)})
-    except ValueError as e: parser.error(str(e))
+    except (ValueError, yaml.YAMLError) as e: parser.error(str(e))
     print(json.dumps(config.to_dict(), indent=1))
 
 # %% ../nbs/11_presets.ipynb #11-presets-022

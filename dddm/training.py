@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['CHOICES', 'NET_FIELDS', 'MACHINE', 'RESUMABLE', 'TrainConfig', 'has_type', 'check_config', 'step_seed', 'generator',
            'epoch_batches', 'draw', 'draw_estimate', 'build', 'ema_decay', 'learning_rate', 'fsync', 'sha256',
-           'seal_checkpoint', 'checkpoints', 'damage', 'newest_checkpoint', 'load', 'claim_directory', 'locked',
-           'check_data', 'check_disk', 'start_accelerator', 'load_images', 'open_distance', 'place_images',
-           'open_store', 'Run', 'accumulate', 'last_good', 'not_finite', 'step', 'save', 'restore', 'trim_history',
-           'log', 'memory_in_use', 'history', 'sample_grid', 'seconds_per_image', 'describe', 'checkpoint_bytes',
-           'size_text', 'stop_signals', 'any_rank', 'train', 'leave', 'main']
+           'seal_checkpoint', 'checkpoints', 'step_of', 'damage', 'newest_checkpoint', 'load', 'read_config',
+           'check_directory', 'claim_directory', 'locked', 'check_data', 'check_disk', 'start_accelerator',
+           'load_images', 'open_distance', 'place_images', 'open_store', 'Run', 'accumulate', 'last_good', 'not_finite',
+           'step', 'save', 'restore', 'trim_history', 'log', 'memory_in_use', 'history', 'grid_path', 'grid_due',
+           'sample_grid', 'seconds_per_image', 'describe', 'checkpoint_bytes', 'size_text', 'stop_signals', 'any_rank',
+           'train', 'leave', 'main']
 
 # %% ../nbs/09_training.ipynb #09-training-002
 import argparse
@@ -58,7 +59,7 @@ CHOICES = dict(objective=tuple(OBJECTIVES), rungs=RUNGS, on_error=("stop", "skip
                store_dtype=("float32", "float16", "bfloat16", "uint8"))
 NET_FIELDS = tuple(k for k in inspect.signature(UNet).parameters if k not in ("shape", "classes"))
 MACHINE = ("device", "log_every", "checkpoint_every", "sample_every", "data_path", "download", "on_error")
-RESUMABLE = ("epochs", "sampler", *MACHINE)                       # may differ when a run goes on
+RESUMABLE = ("epochs", "sampler", "store_path", *MACHINE)         # may differ when a run goes on
 
 # %% ../nbs/09_training.ipynb #09-training-007
 @dataclass
@@ -129,7 +130,7 @@ def check_config(config: TrainConfig) -> None:
         hint = " (YAML reads 2e-4 as text: write 2.0e-4)" if annotation is float else ""
         need(has_type(getattr(config, name), annotation), name, f"must be of type {getattr(annotation, '__name__', annotation)}{hint}")
     for name in ("epochs", "batch", "log_every", "checkpoint_every"): need(getattr(config, name) >= 1, name, "must be at least 1")
-    for name in ("sample_every", "seed"): need(getattr(config, name) >= 0, name, "must be at least 0")
+    need(config.sample_every >= 0, "sample_every", "must be at least 0"); need(0 <= config.seed < 2 ** 63, "seed", "must be in 0..2^63-1")
     for name in ("micro_batch", "classes"): need(getattr(config, name) is None or getattr(config, name) >= 1, name, "must be None or at least 1")
     need(len(config.shape) == 3 and all(type(n) is int and n >= 1 for n in config.shape), "shape", "must be (channels, height, width)")
     need(math.isfinite(config.lr) and config.lr > 0, "lr", "must be a positive number")
@@ -150,7 +151,8 @@ def to_dict(self: TrainConfig) -> dict:
 
 @patch(cls_method=True)
 def from_dict(cls: TrainConfig, fields: dict) -> "TrainConfig":
-    "Raises `ValueError` that suggests the nearest field, and lists all, where there is one of another name."
+    "Raises `ValueError` that suggests the nearest field, and lists all, where there is one of another name, or where `fields` is no dict."
+    if not isinstance(fields, dict): raise ValueError(f"a configuration is a dict of fields, not {fields!r}")
     known = [f.name for f in dataclasses.fields(cls)]
     for name in fields: refuse_unknown("field", name, known)
     return cls(**fields)
@@ -237,13 +239,19 @@ def seal_checkpoint(temporary: Path, keep: int = 2) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     "The sealed checkpoints in a run's `checkpoints` folder, oldest first."
-    return sorted(folder.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted((p for p in folder.glob("step-*") if step_of(p) is not None), key=step_of)
+
+def step_of(checkpoint: Path) -> int | None:
+    "The step K of a folder `step-K`; None for another name, such as a copy's."
+    number = checkpoint.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else None
 
 # %% ../nbs/09_training.ipynb #09-training-031
 def damage(checkpoint: Path) -> str | None:
     "What is wrong with a checkpoint, in words, or None: every file of the manifest is there, as long as it was, with its sha256."
     try: manifest = json.loads((checkpoint / "manifest.json").read_text())
     except (OSError, ValueError) as e: return f"manifest.json cannot be read ({e})"
+    if not isinstance(manifest, dict) or "model.safetensors" not in manifest: return "manifest.json does not list the files of a checkpoint"
     for name, was in manifest.items():
         path = checkpoint / name
         if not path.exists(): return f"{name} is missing"
@@ -267,39 +275,57 @@ def newest_checkpoint(run: Path) -> Path | None:
 def load(run_directory, ema: bool = True) -> DDDM:
     """The run's `DDDM` in eval mode on the CPU, with averaged (`ema`) or raw weights.
 
-    Raises `FileNotFoundError` where there is no run or no checkpoint yet, `ValueError` where all checkpoints are damaged.
+    Raises `FileNotFoundError` where there is no run or no checkpoint yet, `ValueError` where config.json or all checkpoints are damaged.
     """
     run = Path(run_directory)
-    if not (run / "config.json").exists(): raise FileNotFoundError(f"{run} holds no config.json: it is no run directory of dddm.training.train")
-    model = build(TrainConfig.from_dict(json.loads((run / "config.json").read_text())))
+    model = build(read_config(run))
     checkpoint = newest_checkpoint(run)
     if checkpoint is None: raise FileNotFoundError(f"{run} has no checkpoint yet: let its training reach one, or stop it with Ctrl-C, which saves")
-    model.load_state_dict(load_file(checkpoint / ("ema.safetensors" if ema else "model.safetensors")))
+    try: model.load_state_dict(load_file(checkpoint / ("ema.safetensors" if ema else "model.safetensors")))
+    except RuntimeError as e: raise ValueError(f"the weights of {checkpoint} are of another network than the one in {run / 'config.json'}: {e}") from e
     return model.eval()
 
+def read_config(run) -> TrainConfig:
+    "The configuration of a run's directory. `FileNotFoundError` where there is none, `ValueError` where it cannot be read."
+    path = Path(run) / "config.json"
+    if not path.exists(): raise FileNotFoundError(f"{run} holds no config.json: it is no run directory of dddm.training.train")
+    try: return TrainConfig.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as e: raise ValueError(f"{path} is not the configuration of a run ({e}); restore it from a copy, or choose another directory") from e
+
 # %% ../nbs/09_training.ipynb #09-training-037
-def claim_directory(config: TrainConfig, out: Path, resume: bool = True) -> None:
-    """Make `out` the directory of this run, or check that it is already.
+def check_directory(config: TrainConfig, out: Path, resume: bool = True) -> TrainConfig | None:
+    """The configuration of the run that `out` holds, None where it holds none; nothing is written.
 
     `FileExistsError`: it holds something else, or steps of a run and `resume` is False. `ValueError`: it holds steps of another
     configuration. A run that never took a step (it was stopped by a wrong setting, say) gives way.
     """
-    path = out / "config.json"
-    if path.exists() and any((out / name).exists() for name in ("history.jsonl", "checkpoints")):
+    if any((out / name).exists() for name in ("history.jsonl", "checkpoints")) and (out / "config.json").exists():
         if not resume: raise FileExistsError(f"{out} holds a run already; choose another directory, or let it resume")
-        was, now = TrainConfig.from_dict(json.loads(path.read_text())).to_dict(), config.to_dict()      # a field that is new since then has its default
+        there = read_config(out)
+        was, now = there.to_dict(), config.to_dict()                                       # a field that is new since then has its default
         differ = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} here" for k in sorted({*was, *now}) if was.get(k) != now.get(k) and k not in RESUMABLE]
         if differ: raise ValueError(f"{out} is the run of another configuration ({'; '.join(differ)}); choose another directory")
-    elif not path.exists() and out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
-        raise FileExistsError(f"{out} is not empty and holds no run; choose another directory")
+        return there
+    held = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
+    if held == ["config.json"]:
+        try: read_config(out); return None
+        except ValueError: pass
+    if held: raise FileExistsError(f"{out} is not empty and holds no run; choose another directory")
+
+def claim_directory(config: TrainConfig, out: Path, resume: bool = True) -> None:
+    "Make `out` the directory of this run, where `check_directory` allows it. Warns where another number of `epochs` changes what is done at each step."
+    there = check_directory(config, out, resume)
+    if there and there.epochs != config.epochs and (config.lr_decay or "consistency" in config.objective):
+        warnings.warn(f"{out} was begun with epochs={there.epochs}. Its rate or its noise levels follow the share of the training that is done, so with epochs={config.epochs} it will not be what {config.epochs} epochs in one go would have made")
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / ".config.json"
     temporary.write_text(json.dumps(config.to_dict(), indent=1))
-    fsync(temporary); temporary.rename(path); fsync(out)
+    fsync(temporary); temporary.rename(out / "config.json"); fsync(out)
 
 @contextlib.contextmanager
 def locked(out: Path):
     "Within, no other process trains in `out`: `FileExistsError` where one does. The lock ends with its process, however that ends."
+    out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise FileExistsError(f"another process is training in {out}; wait for it, stop it, or choose another directory") from None
@@ -358,9 +384,10 @@ def open_store(config: TrainConfig, n: int, rank: int, world: int, device) -> Es
 class Run:
     """A run of algorithm 1 as one rank sees it. `step` moves it by a global batch; `save` and `restore` keep it.
 
-    Raises before any work, through the functions it calls, where configuration, images, directory or disk do not fit.
+    hold: an exit stack that gets the directory's lock before anything in it is touched (None: no lock).
+    Raises before any work, through the functions it calls, where configuration, images or directory do not fit.
     """
-    def __init__(self, config: TrainConfig, out, resume: bool = True):
+    def __init__(self, config: TrainConfig, out, resume: bool = True, hold: contextlib.ExitStack | None = None):
         self.config, self.out, self.accelerator = config, Path(out), start_accelerator(config)
         self.rank, self.world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         self.device = torch.device("cpu") if device.type == "cpu" else device        # Accelerate numbers CPUs (cpu:0), torch.load knows no number
@@ -371,7 +398,12 @@ class Run:
         check_data(config, data)
         self.steps_per_epoch = len(epoch_batches(len(data), config.batch, config.seed, 0, self.world, config.drop_last))
         self.steps = self.steps_per_epoch * config.epochs
-        if self.main: claim_directory(config, self.out, resume)
+        if self.main:
+            check_directory(config, self.out, resume)
+            if hold is not None: hold.enter_context(locked(self.out))
+            if (there := max(map(step_of, checkpoints(self.out / "checkpoints")), default=0)) > self.steps:
+                raise ValueError(f"{self.out} holds {there:,} steps, more than the {self.steps:,} of epochs={config.epochs}; give at least {math.ceil(there / self.steps_per_epoch)} epochs, or another directory")
+            claim_directory(config, self.out, resume)
         self.accelerator.wait_for_everyone()
         self.data, self.bare = place_images(data, self.device), self.bare.to(self.device)
         self.ema = copy.deepcopy(self.bare).eval().requires_grad_(False)
@@ -531,14 +563,21 @@ def history(run_directory) -> list[dict]:
     return [json.loads(line) for line in (Path(run_directory) / "history.jsonl").read_text().splitlines()]
 
 # %% ../nbs/09_training.ipynb #09-training-053
+def grid_path(run: Run) -> Path: return run.out / "samples" / f"step-{run.done:07d}.png"
+
+def grid_due(run: Run) -> bool:
+    "Whether a grid belongs to this step and is not there."
+    c = run.config
+    return run.main and (run.done == run.steps or (c.sample_every > 0 and run.done % c.sample_every == 0)) and not grid_path(run).exists()
+
 def sample_grid(run: Run, steps=(1, 5), n: int = 32) -> None:
-    "Save a grid of the averaged model's samples: two rows of 16 for each number of steps, up to T. Rank 0 alone does it."
-    if not run.main: return
+    "Save a grid of the averaged model's samples: two rows of 16 for each number of steps, up to T. A failure is a warning: a picture is no reason to end a training."
     label = None if run.config.classes is None else torch.arange(n) % run.config.classes
-    blocks = generate(run.ema, n=n, steps=[s for s in steps if s <= run.config.T], seed=run.config.seed, label=label)
-    path = run.out / "samples" / f"step-{run.done:07d}.png"
-    path.parent.mkdir(exist_ok=True)
-    save_grid(torch.cat(list(blocks.values())), path, columns=n // 2)
+    try:
+        blocks = generate(run.ema, n=n, steps=[s for s in steps if s <= run.config.T], seed=run.config.seed, label=label)
+        grid_path(run).parent.mkdir(exist_ok=True)
+        save_grid(torch.cat(list(blocks.values())), grid_path(run), columns=n // 2)
+    except Exception as e: warnings.warn(f"no grid of samples at step {run.done:,} ({type(e).__name__}: {e}); the training goes on")
 
 # %% ../nbs/09_training.ipynb #09-training-055
 def seconds_per_image(run: Run, n: int = 32) -> float:
@@ -602,20 +641,21 @@ def any_rank(run: Run, received: list) -> bool:
 def train(config: TrainConfig, out, resume: bool = True, callback=None, progress: bool = True) -> Path:
     """Train `config` by algorithm 1 in the directory `out`; returns it when the run is finished.
 
-    resume: go on from the newest checkpoint in `out` (the result is that of an unbroken run). callback: called with each history record.
+    resume: go on from the newest checkpoint in `out` (the result is that of an unbroken run of as many epochs; more epochs than it was begun with
+    give the longer run, but for objectives and rates that follow the share of training done: a warning says so). callback: called with each history record.
     Leaves config.json, history.jsonl, speed.jsonl, samples/ and checkpoints/. Raises before any work where the configuration, the
     images, the directory or the disk do not fit; `FloatingPointError` on a loss that is not finite; after a SIGINT or SIGTERM it saves and
     raises `KeyboardInterrupt` or `SystemExit`. The caller's random state is left as it was.
     """
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(gpus), contextlib.ExitStack() as stack:
-        run = Run(config, out, resume)
+        run = Run(config, out, resume, stack)
         if run.main:
-            stack.enter_context(locked(run.out))
             check_disk(run.out, 3 * checkpoint_bytes(run))
             if progress: print(describe(run), flush=True)
         received = stack.enter_context(stop_signals())
         bar = stack.enter_context(tqdm(total=run.steps, initial=run.done, unit="step", mininterval=1, disable=not (progress and run.main)))
+        if run.resumed and grid_due(run): sample_grid(run)                            # a kill came between the checkpoint and its grid
         begin, seen = time.perf_counter(), 0
         while run.done < run.steps:
             seen += step(run)
@@ -626,8 +666,8 @@ def train(config: TrainConfig, out, resume: bool = True, callback=None, progress
                 bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s, {size_text(memory_in_use(run.device))}")
                 if callback is not None: callback(record)
                 begin, seen = time.perf_counter(), 0
-            if last or (config.sample_every and run.done % config.sample_every == 0): sample_grid(run)
             if last or stop or run.done % config.checkpoint_every == 0: save(run)
+            if grid_due(run): sample_grid(run)
             if stop and not last: leave(run, received)
     return run.out
 

@@ -11,12 +11,15 @@ import time
 import nbformat
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dddm.data import CIFAR10, digits
 from dddm.metrics import Result, check_kind, evaluate, load_results, save_results
 from dddm.objectives import generate
 from dddm.presets import preset
+from dddm.store import encode
 from dddm.training import TrainConfig, load, train
 
 SMALL = dict(epochs=1, batch=600, net=dict(base=16, attention=[], estimate=[4]), sample_every=0, device="cpu")
@@ -83,6 +86,10 @@ def test_two_runs_with_another_sampler(root, run, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found, about = load_results(tmp_path / "results" / "results.json")
     assert {name: s["sampler"] for name, s in about["subjects"].items()} == {"tiny": "fixed", "regression": "ddim"}
+    again = papermill(root, tmp_path / "again.ipynb", f"run: {run}, sampler: renoise, out: {tmp_path / 'renoise'}, n: 80, steps: [4], seeds: [3], device: cpu")
+    assert again.returncode == 0, again.stderr[-3000:]
+    images = load_file(next((tmp_path / "renoise" / "samples").rglob("seed3-steps4.safetensors")))["images"]
+    assert (images.int() - encode(generate(load(run), "renoise", 80, (4,), seed=3)[4], torch.uint8).int()).abs().max() <= 1     # this model reads its estimate
     expected = evaluate(generate(load(other), "ddim", 80, (4,), seed=3)[4], digits(), "digits", "fd", seed=3, device="cpu", cache=False, progress=False)
     assert found["regression, 4 steps, seed 3"]["FD-digits"].value == pytest.approx(expected["FD-digits"].value, rel=1e-4)
 

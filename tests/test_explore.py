@@ -96,6 +96,18 @@ def test_export_keeps_what_a_run_is(run, tmp_path, capsys):
     assert "no config.json" in capsys.readouterr().err
 
 
+def test_export_keeps_no_path(tmp_path):
+    "Of a folder of images the name is left, of the store's file nothing; and the model opens."
+    folder = tmp_path / "private" / "pictures" / "a"
+    folder.mkdir(parents=True)
+    for i in range(8): Image.new("L", (8, 8), 30 * i).save(folder / f"{i}.png")
+    run = training.train(presets.preset("digits", data=str(folder.parent), store_path=str(tmp_path / "private" / "store.bin"), epochs=1, batch=8, net=dict(base=16, attention=[], estimate=[4]), sample_every=0), tmp_path / "run", progress=False)
+    explore.export_model(run, tmp_path / "model.safetensors", "short", "a test")
+    about = explore.about_model(tmp_path / "model.safetensors")
+    assert "private" not in json.dumps(about) and about["config"]["data"] == "pictures" and "store_path" not in about["config"]
+    assert explore.open_model(tmp_path / "model.safetensors")[0].shape == (1, 8, 8)
+
+
 def test_files_that_are_no_model(tmp_path):
     (tmp_path / "text.safetensors").write_text("no")
     with pytest.raises(ValueError, match="cannot be read as safetensors"): explore.open_model(tmp_path / "text.safetensors")
@@ -128,7 +140,7 @@ def test_trajectory_of_another_sampler(sampler):
     np.testing.assert_allclose(t.moved[np.array(t.at[1:]) - 1], moved, rtol=1e-5)
     assert np.isnan(np.delete(t.moved, np.array(t.at[1:]) - 1)).all()
     assert (explore.Trajectory(model, n=5, sampler="fixed").sampler, len(explore.Trajectory(model, n=5, sampler="fixed").moved)) == ("fixed", 1000)
-    for wrong, words in ((dict(steps=2000), "has T=1000 times"), (dict(sampler="dim"), "did you mean 'ddim'")):
+    for wrong, words in ((dict(steps=2000), "has T=1000 times"), (dict(sampler="dim"), "did you mean 'ddim'"), (dict(steps=[1, 5]), "begins with 0"), (dict(steps=[0, 5, 5]), "ascending")):
         with pytest.raises(ValueError, match=words): explore.Trajectory(model, **wrong)
 
 
@@ -138,6 +150,9 @@ def test_a_model_of_few_steps_is_shown_by_its_own_sampler():
     assert explorer.trajectory.sampler == "renoise" and explorer.progress.value == explorer.progress.max == 100
     explorer.step.value = 5
     assert "after 5 steps of re-noising: an image is" in told(explorer) and "from the one after 4, on average" in told(explorer)
+    for _, step in explorer.step.options:                                   # whatever the slider offers up to 100 is there
+        explorer.step.value = step
+        assert "computed" not in told(explorer) and (step > 100 or f" after {step:,} step" in told(explorer))
     explorer.step.value = 1000
     assert "after 100 steps" in told(explorer) and "This sampler is shown up to 100 steps." in told(explorer)
     explorer.model.value = "digits-paper"; explorer.wait()
@@ -234,8 +249,9 @@ def test_runs_are_found_and_opened(run):
     (lambda folder: [p.unlink() for p in folder.rglob("*") if p.is_file()], "no config.json"),
     (lambda folder: shutil.rmtree(folder / "checkpoints"), "no checkpoint yet"),
     (lambda folder: [p.write_bytes(b"") for p in folder.rglob("ema.safetensors")], "damaged"),
-    (lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text().replace('"base": 16', '"base": 32')), "weights are of another network"),
-    (lambda folder: (folder / "config.json").write_text("{"), "Expecting property name"),
+    (lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text().replace('"base": 16', '"base": 32')), "are of another network"),
+    (lambda folder: (folder / "config.json").write_text("{"), "config.json is not the configuration of a run (Expecting property name"),
+    (lambda folder: shutil.copytree(next(folder.glob("checkpoints/*")), folder / "checkpoints" / "step-1.bak") and shutil.rmtree(next(folder.glob("checkpoints/step-*[0-9]"))), "no checkpoint yet"),
 ])
 @pytest.mark.filterwarnings("ignore:checkpoint")
 def test_a_broken_run_is_a_message(run, tmp_path, damage, message):
@@ -267,6 +283,19 @@ def test_points_of_another_dimension_are_a_message():
     assert "dddm-message" in told(explorer) and "data:image/png;base64," in explorer.image.value
     explorer.n.value = -3
     assert "n=-3" in told(explorer)
+
+
+def test_points_of_a_model_that_walks_down_the_schedule():
+    "Its numbers of steps are runs of their own, up to 100, and the curve has a value at each of them."
+    from dddm.pfode import GaussianMixture
+    mixture, model = GaussianMixture(torch.zeros(1, 2), [1.0], [1.0]), halving(shape=(2,))
+    model.sampler = "ddim"
+    explorer = explore.MixtureExplorer(mixture, {"points": model}, n=5)
+    title, at, moved = explorer.trajectory.moves()
+    assert title == "distance from fewer steps" and at[-1] == 100 and np.isfinite(moved).all() and len(moved) == len(at)
+    explorer.step.value = 1000
+    assert "after 100 steps" in told(explorer) and "up to 100 steps" in told(explorer)
+    with pytest.raises(ValueError, match="run.. it first"): explore.Trajectory(model, 5).moves()
 
 
 # Figures and files

@@ -278,6 +278,9 @@ def test_a_model_knows_its_sampler():
             assert model.sampler == (given or own) and torch.equal(generate(model, n=3, steps=(3,))[3], generate(model, given or own, 3, (3,))[3])
     plain = DDDM(Toy(), schedule)
     assert torch.equal(generate(plain, n=3, steps=(3,))[3], generate(plain, "fixed", 3, (3,))[3])
+    for sampler in ("fixed", "ddim", "renoise"):
+        assert list(generate(plain, sampler, 2, steps=(k for k in (3, 1)))) == [1, 3]                     # any iterable
+        with pytest.raises(ValueError, match="steps=5: give the numbers"): generate(plain, sampler, 2, 5)
     for wrong in (lambda: sampler_of("consistancy"), lambda: assemble("paper", Toy(), schedule, "dim"), lambda: TrainConfig(sampler="dim")):
         with pytest.raises(ValueError, match="did you mean"): wrong()
 

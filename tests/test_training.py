@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,7 +231,69 @@ def test_directory_of_another_run(tmp_path):
     with pytest.raises(ValueError, match="lr: 0.0002 there, 0.1 here"): train(TrainConfig(**{**TINY, "lr": 0.1}), run, progress=False)
     with pytest.raises(FileExistsError, match="holds a run already"): train(TrainConfig(**TINY), run, resume=False, progress=False)
     with pytest.raises(FileNotFoundError, match="no run directory"): load(tmp_path / "nothing")
-    with training.locked(run), pytest.raises(FileExistsError, match="another process"): train(TrainConfig(**{**TINY, "epochs": 2}), run, progress=False)
+
+
+def test_a_process_that_is_refused_leaves_the_run_alone(tmp_path):
+    "While one process trains, another is refused before it touches configuration, history or the store's file."
+    fields = {**TINY, "epochs": 1, "store_path": str(tmp_path / "store.bin")}
+    run = train(TrainConfig(**fields), tmp_path / "run", progress=False)
+    (run / "history.jsonl").write_text((run / "history.jsonl").read_text() + json.dumps(dict(step=99)) + "\n")       # the other one is ahead of its checkpoint
+    (tmp_path / "store.bin").write_bytes(bytes(b ^ 1 for b in (tmp_path / "store.bin").read_bytes()))
+    files = [run / "config.json", run / "history.jsonl", tmp_path / "store.bin"]
+    before = [p.read_bytes() for p in files]
+    with training.locked(run), pytest.raises(FileExistsError, match="another process"): train(TrainConfig(**{**fields, "epochs": 2, "sampler": "ddim"}), run, progress=False)
+    assert [p.read_bytes() for p in files] == before
+
+
+def test_a_strangers_configuration_is_kept(tmp_path):
+    (tmp_path / "other").mkdir()
+    for content in ('{"model_type": "bert"}', "", "[]"):
+        (tmp_path / "other" / "config.json").write_text(content)
+        with pytest.raises(FileExistsError, match="holds no run"): train(TrainConfig(**TINY), tmp_path / "other", progress=False)
+        assert (tmp_path / "other" / "config.json").read_text() == content
+
+
+def test_a_grid_that_fails_costs_no_training(tmp_path, monkeypatch):
+    "The checkpoint comes first, the failure is a warning, and the next start makes the grid."
+    config = TrainConfig(**{**TINY, "epochs": 1})
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="no grid of samples at step 8.*No space left"):
+        patch.setattr(training, "save_grid", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        run = train(config, tmp_path / "run", progress=False)
+    assert [p.name for p in checkpoints(run / "checkpoints")][-1] == "step-8" and not list(run.glob("samples/*"))
+    train(config, run, progress=False)
+    assert [p.name for p in run.glob("samples/*")] == ["step-0000008.png"]
+    with pytest.raises(ValueError, match="seed=.*2.63-1"): TrainConfig(**{**TINY, "seed": 2 ** 63})                    # no sampler could take it
+
+
+def test_fewer_epochs_than_were_trained(tmp_path):
+    run = train(TrainConfig(**{**TINY, "epochs": 2}), tmp_path / "run", progress=False)
+    before = (run / "config.json").read_text()
+    with pytest.raises(ValueError, match="16 steps, more than the 8 of epochs=1; give at least 2"): train(TrainConfig(**{**TINY, "epochs": 1}), run, progress=False)
+    assert (run / "config.json").read_text() == before
+
+
+def test_more_epochs_where_steps_follow_the_progress(tmp_path):
+    "A rate that falls, or noise levels that double, depend on the number of epochs: the longer run says that it is another one."
+    for name, more in (("rate", dict(lr_decay=0.5)), ("levels", dict(objective="consistency"))):
+        fields = {**TINY, **more}
+        run = train(TrainConfig(**{**fields, "epochs": 1}), tmp_path / name, progress=False)
+        with pytest.warns(UserWarning, match="begun with epochs=1"): train(TrainConfig(**{**fields, "epochs": 2}), run, progress=False)
+
+
+def test_odd_files_in_a_run(tmp_path):
+    "A copy of a checkpoint is passed over; what cannot be read is named."
+    run = train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
+    newest = checkpoints(run / "checkpoints")[-1]
+    shutil.copytree(newest, newest.with_name(newest.name + ".bak"))
+    assert checkpoints(run / "checkpoints")[-1] == newest and load(run) is not None
+    (newest / "manifest.json").write_text("[]")
+    with pytest.warns(UserWarning, match="does not list the files"): load(run)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "net": {**config["net"], "base": 32}}))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="of another network than the one in .*config.json"): load(run)
+    (run / "config.json").write_text("")
+    for use in (lambda: load(run), lambda: train(TrainConfig(**TINY), run, progress=False)):
+        with pytest.raises(ValueError, match="config.json is not the configuration of a run"): use()
 
 
 def test_resume_on_other_images(tmp_path, monkeypatch):
