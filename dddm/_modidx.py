@@ -12,6 +12,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'dddm.data.Images.to': ('data.html#images.to', 'dddm/data.py'),
                            'dddm.data.Source': ('data.html#source', 'dddm/data.py'),
                            'dddm.data.batch_source': ('data.html#batch_source', 'dddm/data.py'),
+                           'dddm.data.bit_depth': ('data.html#bit_depth', 'dddm/data.py'),
                            'dddm.data.cache_folder': ('data.html#cache_folder', 'dddm/data.py'),
                            'dddm.data.cached': ('data.html#cached', 'dddm/data.py'),
                            'dddm.data.check_batch': ('data.html#check_batch', 'dddm/data.py'),

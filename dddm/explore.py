@@ -61,7 +61,7 @@ def export_model(run_directory, path, description: str, command: str) -> str:
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     config = {k: v for k, v in json.loads((run / "config.json").read_text()).items() if k not in training.MACHINE}
     if config["store_path"]: del config["store_path"]
-    if config["data"] not in KNOWN: config["data"] = Path(config["data"]).name
+    if config["data"] not in ("digits", *KNOWN): config["data"] = f"folder {Path(config['data']).name}"          # no name of a built-in one
     about = dict(format=FORMAT, description=description, command=command, objective=config["objective"], config=config)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(save(half, {"dddm": json.dumps(about, sort_keys=True)}))       # one entry: the order of several is not fixed

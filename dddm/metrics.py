@@ -14,7 +14,7 @@ __all__ = ['ROWS', 'VGG_URL', 'INCEPTION', 'INCEPTION_URL', 'PUBLISHED', 'LIBRAR
            'measure', 'evaluate', 'PaperRow', 'paper_rows', 'beside_paper']
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-003
-import hashlib, json, math, os, warnings
+import hashlib, json, math, os, tempfile, warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -67,7 +67,7 @@ def bias_constant(sigma: np.ndarray) -> float:
 
 def frechet_bias(constant: float, n: int, n_reference: int | None = None) -> float:
     r"""What n draws of a Gaussian are expected to score against n_reference other draws of it (None: against the Gaussian itself), to first order in 1/n and 1/N: their
-    sum times `bias_constant`. From n = 4 D on it is a few percent low, below n = D a quarter and more."""
+    sum times `bias_constant`. From n = 4 D on it is a few percent low, at n = D some 15%, below D/2 a quarter."""
     return (1 / n + (1 / n_reference if n_reference else 0)) * constant
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-017
@@ -233,7 +233,8 @@ def pictures(images, n: int | None = None, name: str = "generated", cache=None) 
     """Any source of images as `Pictures`; nothing is drawn yet. images: a tensor [n, C, H, W] (floats in [-1, 1], or uint8), `data.Images`, the path of a folder or zip, an
     iterator of batches, or a function (start, count) -> batch, which needs `n`. `ValueError`, `FileNotFoundError` for what cannot be read."""
     if n is not None: check_count("n", n)
-    if isinstance(images, (str, Path)): images = load(images, cache=cache or None, labels=False)
+    if isinstance(images, (str, Path)):
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as apart: images = load(images, cache=apart if cache is False else cache, labels=False)     # its pages stay mapped
     if isinstance(images, (Images, torch.Tensor)):
         if torch.is_tensor(images) and images.ndim != 4: raise ValueError(f"{name} has shape {tuple(images.shape)}; expected [n, C, H, W]")
         if not len(images): raise ValueError(f"{name} has no images")
@@ -591,11 +592,17 @@ def evaluate(generated, reference=None, extractor="digits", metrics=("fd", "prec
         raise ValueError(f"metrics={metrics}: expected some of {', '.join(METRICS)}" + (f", not {unknown[0]!r}" if metrics else "") + " ('fd' with extractor='inception' is FID)")
     if reference is None and set(metrics) != {"is"}: raise ValueError("reference is missing: of all metrics, only 'is' does without the data")
     e = load_extractor(extractor, weights, device)
-    if e.name in PUBLISHED and (wrong := {"confident"} if e.name == "inception" else {"is", "confident"}) & set(metrics): raise ValueError(f"metrics={metrics}: {e.name!r} has no classes for {', '.join(sorted(wrong))}")
+    without = {"confident"} if e.name == "inception" else {"is", "confident"} if len(e.module.get_requested_features_list()) < 2 else set()
+    if wrong := without & set(metrics): raise ValueError(f"metrics={metrics}: {e.name!r} has no classes for {', '.join(sorted(wrong))}")
+    check_count("k", k)
     g = generated if isinstance(generated, Features) else pictures(generated, n, "generated", cache)
     r = reference if reference is None or isinstance(reference, Features) else pictures(reference, None, "reference", cache)
     shapes = {who: tuple(v.mean.shape if isinstance(v, Features) else v.shape) for who, v in (("generated", g), ("reference", r), (f"extractor {e.name!r}", e)) if v is not None and (isinstance(v, Features) or v.shape)}
     if len(set(shapes.values())) > 1: raise ValueError(f"images of different sizes (C, H, W): {', '.join(f'{who} {shape}' for who, shape in shapes.items())}; bring them to one size")
+    least = max(k + 1 if {"precision", "recall"} & set(metrics) else 1, 2 if {"fd", "diversity"} & set(metrics) else 1)
+    for who, v, need in (("generated", g, max(least, 10 if "is" in metrics else 1)), ("reference", r, least)):
+        held = len(v) if isinstance(v, Features) else v.n if v is not None else None
+        if held is not None and held < need: raise ValueError(f"{who} has {held} images; metrics={metrics} with k={k} need at least {need}")
     if isinstance(r, Pictures): r = reference_features(r, e, batch_size=batch_size, cache=cache, progress=progress)
     if isinstance(g, Pictures): g = extract(g, e, shape=tuple(r.mean.shape) if r else None, logits=e.name != "inception" or "is" in metrics, batch_size=batch_size, progress=progress)
     return measure(g, r, metrics, k, seed, e.device)

@@ -11,7 +11,7 @@ import math
 import numbers
 import numpy as np
 import torch
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
@@ -124,6 +124,7 @@ def at_steps(model, n: int, steps=(1, 2, 5, 20, 100), seed: int = 0, label=None,
     """
     for name, value in (("n", n), ("batch_size", batch_size)): check_count(name, value)
     check_settle(settle)
+    if not isinstance(steps, Iterable): raise ValueError(f"steps={steps!r}: give the numbers of steps, such as (1, 5)")
     steps = sorted(set(steps))
     if not steps: raise ValueError("steps is empty; give at least one number of steps")
     for s in steps: check_count("steps", s)

@@ -9,6 +9,7 @@ __all__ = ['group_norm', 'zero', 'sinusoid', 'full_precision', 'Embedding', 'Res
 
 # %% ../nbs/05_unet.ipynb #05-unet-002
 import math
+import numbers
 from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
@@ -175,12 +176,12 @@ def check_config(shape, base, multipliers, blocks, dropout, attention, estimate,
     "Raise `ValueError` naming the first argument of `UNet` that does not fit, with what would."
     if len(shape) != 3 or min(shape) < 1 or shape[1] != shape[2]: raise ValueError(f"shape={shape}: need (channels, R, R), a square image")
     for name, v in dict(base=base, blocks=blocks, head_channels=head_channels, groups=groups, **{f"multipliers[{i}]": m for i, m in enumerate(multipliers)}).items():
-        if int(v) != v or v < 1: raise ValueError(f"{name}={v}: need an integer >= 1")
+        if isinstance(v, bool) or not isinstance(v, numbers.Integral) or v < 1: raise ValueError(f"{name}={v!r}: need an integer >= 1")
     if not multipliers: raise ValueError("multipliers=(): need at least one stage")
     if shape[1] % 2 ** (len(multipliers) - 1):
         raise ValueError(f"shape={shape}: {shape[1]} px cannot be halved {len(multipliers) - 1} times; need a multiple of {2 ** (len(multipliers) - 1)}, or fewer multipliers")
     if not 0 <= dropout < 1: raise ValueError(f"dropout={dropout}: need 0 <= dropout < 1")
-    if classes is not None and (int(classes) != classes or classes < 1): raise ValueError(f"classes={classes}: need an integer >= 1, or None for an unconditional network")
+    if classes is not None and (isinstance(classes, bool) or not isinstance(classes, numbers.Integral) or classes < 1): raise ValueError(f"classes={classes}: need an integer >= 1, or None for an unconditional network")
     has = [shape[1] >> i for i in range(len(multipliers))]
     for name, v in (("attention", attention), ("estimate", estimate)):
         if set(v) - set(has): raise ValueError(f"{name}={v}: no stage has resolution {sorted(set(v) - set(has))}; this network has {has}")

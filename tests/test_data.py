@@ -1,5 +1,5 @@
 "Data sets where a lesson cannot show them: official formats made synthetically, damage, kills, full disks, several processes."
-import io, json, os, pickle, signal, subprocess, sys, tarfile, time, urllib.error, warnings, zipfile
+import io, json, os, pickle, signal, struct, subprocess, sys, tarfile, time, urllib.error, warnings, zipfile, zlib
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +148,45 @@ def test_file_kinds():
     assert decode_image(encoded(picture(0, mode="CMYK"), "JPEG")).shape == (3, 8, 8)
     clear = Image.new("RGBA", (4, 4), (9, 9, 9, 0))
     assert (decode_image(encoded(clear)) == 255).all()
-    with pytest.raises(ValueError, match="I;16"): decode_image(encoded(Image.fromarray(np.zeros((4, 4), np.uint16))))
+    with pytest.raises(ValueError, match="16 bits a channel"): decode_image(encoded(Image.fromarray(np.zeros((4, 4), np.uint16))))
+
+
+def png16(kind, channels):
+    "A 2x2 PNG of 16 bits a channel, written by hand: Pillow writes none in colour."
+    def chunk(name, body): return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    rows = b"".join(b"\0" + struct.pack(f">{2 * channels}H", *range(1000, 1000 + 2 * channels)) for _ in range(2))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, kind, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("blob", [png16(0, 1), png16(2, 3), png16(4, 2), png16(6, 4), b"P6 # two\n2 2\n65535\n" + bytes(24),
+                                  b"II*\0\x08\0\0\0\x09\0" + b"".join(struct.pack("<HHII", *tag) for tag in ((256, 3, 1, 2), (257, 3, 1, 2), (258, 3, 3, 130), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 136), (277, 3, 1, 3), (278, 3, 1, 2), (279, 4, 1, 24)))
+                                  + bytes(4) + bytes(8) + struct.pack("<HHH", 16, 16, 16) + bytes(24)], ids=["PNG grey", "PNG", "PNG grey alpha", "PNG alpha", "PPM", "TIFF"])
+def test_sixteen_bits_are_refused(blob):
+    with pytest.raises(ValueError, match="16 bits a channel are more than 8|is not 8 bits a channel"): decode_image(blob)
+
+
+def test_grey_stays_grey_under_transparency():
+    grey = picture(3, mode="L")
+    with_alpha = Image.merge("LA", (grey, Image.new("L", grey.size, 255)))
+    for blob in (encoded(with_alpha), encoded(grey, transparency=300 % 256)):
+        assert decode_image(blob).shape == (1, 8, 8)
+    assert np.array_equal(decode_image(encoded(with_alpha)), decode_image(encoded(grey)))
+    assert decode_image(encoded(picture(3), "GIF")).shape == (3, 8, 8) and decode_image(encoded(with_alpha), channels=3).shape == (3, 8, 8)
+
+
+def test_a_link_that_leads_back_up_is_not_followed(tmp_path):
+    make_folder(tmp_path / "set", each=1)
+    (tmp_path / "set" / "cat" / "up").symlink_to("..")
+    (tmp_path / "elsewhere").mkdir(); picture(9).save(tmp_path / "elsewhere" / "9.png")
+    (tmp_path / "set" / "bird").symlink_to(tmp_path / "elsewhere")                        # another link is
+    images = load(tmp_path / "set")
+    assert len(images) == 3 and images.class_names == ["bird", "cat", "dog"]
+
+
+@pytest.mark.parametrize("size", [4.0, True, 0])
+def test_sizes_that_are_no_size(tmp_path, size):
+    make_folder(tmp_path / "set", each=1)
+    with pytest.raises(ValueError, match="size=.*integer >= 1"): load(tmp_path / "set", size=size)
 
 
 def test_upright_by_exif():

@@ -98,14 +98,15 @@ def test_export_keeps_what_a_run_is(run, tmp_path, capsys):
 
 def test_export_keeps_no_path(tmp_path):
     "Of a folder of images the name is left, of the store's file nothing; and the model opens."
-    folder = tmp_path / "private" / "pictures" / "a"
+    folder = tmp_path / "private" / "digits" / "a"                           # a name that is also a built-in one's
     folder.mkdir(parents=True)
     for i in range(8): Image.new("L", (8, 8), 30 * i).save(folder / f"{i}.png")
     run = training.train(presets.preset("digits", data=str(folder.parent), store_path=str(tmp_path / "private" / "store.bin"), epochs=1, batch=8, net=dict(base=16, attention=[], estimate=[4]), sample_every=0), tmp_path / "run", progress=False)
     explore.export_model(run, tmp_path / "model.safetensors", "short", "a test")
     about = explore.about_model(tmp_path / "model.safetensors")
-    assert "private" not in json.dumps(about) and about["config"]["data"] == "pictures" and "store_path" not in about["config"]
-    assert explore.open_model(tmp_path / "model.safetensors")[0].shape == (1, 8, 8)
+    assert "private" not in json.dumps(about) and about["config"]["data"] == "folder digits" and "store_path" not in about["config"]
+    model, data = explore.open_model(tmp_path / "model.safetensors")
+    assert model.shape == (1, 8, 8) and data != "digits"
 
 
 def test_files_that_are_no_model(tmp_path):

@@ -331,6 +331,24 @@ def test_arguments_are_checked_first(net, x):
     assert list(evaluate(x[:200], extractor=net, metrics="is")) == ["IS-digits"]
 
 
+def test_what_cannot_be_measured_fails_before_the_first_sample(net, x):
+    "Wrong k, too few images for a metric, an extractor without classes: said before anything is drawn."
+    class Plain(nn.Module):
+        def forward(self, x): return x.flatten(1)
+    drawn = []
+    def sampler(start, count): drawn.append(count); return x[:count]
+    for wrong, words in ((dict(k=0), "k=0"), (dict(k=1.5), "k=1.5"), (dict(k="3"), "k='3'"), (dict(k=500), "generated has 300 images.*need at least 501"), (dict(n=3), "need at least 4"), (dict(n=1, metrics="fd"), "need at least 2"),
+                         (dict(n=5, metrics="is"), "need at least 10"), (dict(extractor=Plain(), metrics="confident"), "no classes for confident"), (dict(extractor=Plain(), metrics="is"), "no classes for is")):
+        with pytest.raises(ValueError, match=words): evaluate(sampler, digits(), **{"extractor": net, "n": 300, **wrong}, progress=False)
+    assert drawn == []
+
+
+def test_keep_nothing_keeps_nothing(tmp_path, cache):
+    for i in range(12): Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f"{i}.png")
+    found = evaluate(tmp_path, tmp_path, "digits", "diversity", cache=False, device="cpu", progress=False)
+    assert found["diversity"].value == pytest.approx(1) and not cache.exists()
+
+
 def test_confident_and_memorisation(net, x):
     f, g = extract(x[:700], net), extract(x[700:1400], net)
     assert confident(f, 0.9) >= confident(f, 0.99) and metrics.class_counts(f).sum() == 700 and len(metrics.class_counts(f)) == 10

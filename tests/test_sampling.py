@@ -124,7 +124,7 @@ def test_a_batch_is_left_when_nothing_of_it_moves():
 def test_arguments_are_checked_before_the_model_runs():
     model = DDDM(Scripted([]), VPSchedule())               # any call of it fails
     x = torch.zeros(3, 2)
-    for call in (lambda: iterate(model, x, steps=0), lambda: iterate(model, x[:, :1]), lambda: iterate(model, x, x[:1]),
+    for call in (lambda: at_steps(model, 2, steps=5), lambda: iterate(model, x, steps=0), lambda: iterate(model, x[:, :1]), lambda: iterate(model, x, x[:1]),
                  lambda: iterate(model, x * torch.nan), lambda: iterate(model, x, x / 0), lambda: sample(model, 0), lambda: sample(model, 2, -1),
                  lambda: sample(model, 2, batch_size=0), lambda: sample(model, 2, seed=-1), lambda: sample(model, 2, start=-1),
                  lambda: at_steps(model, 2, ()), lambda: at_steps(model, 2, (1, 0)), lambda: at_steps(model, 2, settle=-1)):

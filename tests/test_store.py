@@ -148,3 +148,8 @@ def test_on_a_gpu_it_keeps_what_it_keeps_on_the_cpu(dtype):
     assert out.is_cuda and (out.cpu() - here.read(torch.arange(20))).abs().max() <= (2 / 255 if dtype == "uint8" else 0)
     fresh = EstimateStore(20, SHAPE, dtype); state = there.state_dict()
     fresh.load_state_dict(state); assert torch.equal(fresh.read(torch.arange(20)), out.cpu())
+
+
+@pytest.mark.parametrize("wrong", [dict(seed=-1), dict(seed=2 ** 63), dict(seed=True), dict(path=".")])
+def test_arguments_are_named_at_once(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))): EstimateStore(4, SHAPE, **wrong)
