@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'PAGE', 'seeded_normal', 'encode', 'decode', 'allocate', 'map_file', 'EstimateStore']
 
 # %% ../nbs/06_store.ipynb #06-store-003
-import errno, json, math, numbers, os, shutil
+import errno, json, math, os, shutil
 from pathlib import Path
 import numpy as np
 import psutil
@@ -101,7 +101,7 @@ class EstimateStore:
         if not self.shape or min(self.shape) < 1: raise ValueError(f"shape={self.shape}: every side must be >= 1")
         if self.dtype not in DTYPES.values(): raise ValueError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
         if not 0 <= self.rank < self.world <= self.n: raise ValueError(f"share={share}: need 0 <= rank < world <= n={self.n}")
-        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= seed < 2 ** 63: raise ValueError(f"seed={seed!r}: must be an integer in 0..2^63-1")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2 ** 63: raise ValueError(f"seed={seed!r}: must be an integer in 0..2^63-1")
         if path is not None and Path(path).is_dir(): raise ValueError(f"path={path} is a folder; give the name of a file")
         if path is not None and not (folder := Path(path).absolute().parent).is_dir(): raise FileNotFoundError(f"path={path}: there is no folder {folder}; make it first")
         if path is not None and self.device.type != "cpu": raise ValueError(f"path={path}, device={device}: a file is read through the CPU; drop one of the two")
