@@ -285,6 +285,7 @@ def test_a_model_knows_its_sampler():
         with pytest.raises(ValueError, match="did you mean"): wrong()
 
 
+@pytest.mark.filterwarnings("ignore:.*begun with epochs=1")
 def test_the_sampler_of_a_run_may_change_when_it_goes_on(tmp_path):
     "It is no part of the training: the weights are the same, the run then samples as it was told last, and the grids of a run that re-noises are others."
     tiny = dict(objective="consistency", net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)), batch=900, epochs=1, sample_every=2, device="cpu")
