@@ -60,7 +60,7 @@ def export_model(run_directory, path, description: str, command: str) -> str:
     model, run = training.load(run_directory), Path(run_directory)
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     config = {k: v for k, v in json.loads((run / "config.json").read_text()).items() if k not in training.MACHINE}
-    if config["store_path"]: del config["store_path"]
+    if config.get("store_path"): del config["store_path"]
     if config["data"] not in ("digits", *KNOWN): config["data"] = f"folder {Path(config['data']).name}"          # no name of a built-in one
     about = dict(format=FORMAT, description=description, command=command, objective=config["objective"], config=config)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -166,44 +166,51 @@ class Trajectory:
         self.start = self.first if self.sampler == "fixed" else self.x_T
         self.frames[0] = encode(self.start, dtype)
 
-    def states(self, batch_size: int):
-        "Yields (s, the samples after s steps, float32 on the CPU) for ascending s: each step of algorithm 2, or each number in `at` of another sampler."
-        if self.sampler != "fixed":
-            for s in self.at[1:]: yield s, generate(self.model, self.sampler, self.n, (s,), self.seed, self.label, batch_size, clamp=self.dtype == torch.uint8)[s].float()
-            return
-        like = next(self.model.parameters(), self.x_T)
-        def batch(a):
-            part = slice(a, a + batch_size)
-            label = None if self.label is None else self.label[part].to(like.device)
-            return iterate(self.model, self.x_T[part].to(like), self.first[part].to(like), len(self.moved), label, clamp=self.dtype == torch.uint8)
-        for s, parts in enumerate(zip(*map(batch, range(0, self.n, batch_size))), 1): yield s, torch.cat([p.float().cpu() for p in parts])
+# %% ../nbs/12_explore.ipynb #12-explore-walk
+@patch
+def states(self: Trajectory, batch_size: int):
+    "Yields (s, the samples after s steps, float32 on the CPU) for ascending s: each step of algorithm 2, or each number in `at` of another sampler."
+    if self.sampler != "fixed":
+        for s in self.at[1:]: yield s, generate(self.model, self.sampler, self.n, (s,), self.seed, self.label, batch_size, clamp=self.dtype == torch.uint8)[s].float()
+        return
+    like = next(self.model.parameters(), self.x_T)
+    def batch(a):
+        part = slice(a, a + batch_size)
+        label = None if self.label is None else self.label[part].to(like.device)
+        return iterate(self.model, self.x_T[part].to(like), self.first[part].to(like), len(self.moved), label, clamp=self.dtype == torch.uint8)
+    for s, parts in enumerate(zip(*map(batch, range(0, self.n, batch_size))), 1): yield s, torch.cat([p.float().cpu() for p in parts])
 
-    def run(self, progress=None, stop=None, batch_size: int = 256) -> "Trajectory":
-        "Compute all steps, with a call of `progress(self)` after each, or those that are done when the `threading.Event` stop is set. Returns itself."
-        x = self.start
-        for s, new in self.states(batch_size):
-            if stop is not None and stop.is_set(): break
-            self.moved[s - 1] = (new - x).flatten(1).norm(dim=1).mean()
-            if s in self.at: self.frames[self.at.index(s)] = encode(new, self.dtype)
-            x, self.done = new, s
-            if progress is not None: progress(self)
-        return self
+@patch
+def run(self: Trajectory, progress=None, stop=None, batch_size: int = 256) -> Trajectory:
+    "Compute all steps, with a call of `progress(self)` after each, or those that are done when the `threading.Event` stop is set. Returns itself."
+    x = self.start
+    for s, new in self.states(batch_size):
+        if stop is not None and stop.is_set(): break
+        self.moved[s - 1] = (new - x).flatten(1).norm(dim=1).mean()
+        if s in self.at: self.frames[self.at.index(s)] = encode(new, self.dtype)
+        x, self.done = new, s
+        if progress is not None: progress(self)
+    return self
 
-    def samples(self, step: int) -> torch.Tensor:
-        "$x_0^{(step)}$ as float32 [n, *shape]; `ValueError` where `step` is not kept, or not computed yet."
-        if step not in self.at: raise ValueError(f"step={step} is not kept; the kept ones are {', '.join(map(str, self.at))}")
-        if step > self.done: raise ValueError(f"step={step} is not computed yet; the last one is {self.done}")
-        return decode(self.frames[self.at.index(step)])
+# %% ../nbs/12_explore.ipynb #12-explore-read
+@patch
+def samples(self: Trajectory, step: int) -> torch.Tensor:
+    "$x_0^{(step)}$ as float32 [n, *shape]; `ValueError` where `step` is not kept, or not computed yet."
+    if step not in self.at: raise ValueError(f"step={step} is not kept; the kept ones are {', '.join(map(str, self.at))}")
+    if step > self.done: raise ValueError(f"step={step} is not computed yet; the last one is {self.done}")
+    return decode(self.frames[self.at.index(step)])
 
-    def kept(self) -> list[int]:
-        "The kept steps that are computed, from 1 on."
-        return [s for s in self.at if 1 <= s <= self.done]
+@patch
+def kept(self: Trajectory) -> list[int]:
+    "The kept steps that are computed, from 1 on."
+    return [s for s in self.at if 1 <= s <= self.done]
 
-    def moves(self) -> tuple[str, list, np.ndarray]:
-        "What `moved` says, as a title, and at which steps: each step of algorithm 2, or each kept number of another sampler."
-        if not self.done: raise ValueError("the trajectory is not computed yet: run() it first")
-        every = list(range(1, self.done + 1)) if self.sampler == "fixed" else self.kept()
-        return "distance moved in each step" if self.sampler == "fixed" else "distance from fewer steps", every, self.moved[np.array(every) - 1]
+@patch
+def moves(self: Trajectory) -> tuple[str, list, np.ndarray]:
+    "What `moved` says, as a title, and at which steps: each step of algorithm 2, or each kept number of another sampler."
+    if not self.done: raise ValueError("the trajectory is not computed yet: run() it first")
+    every = list(range(1, self.done + 1)) if self.sampler == "fixed" else self.kept()
+    return "distance moved in each step" if self.sampler == "fixed" else "distance from fewer steps", every, self.moved[np.array(every) - 1]
 
 # %% ../nbs/12_explore.ipynb #12-explore-021
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
