@@ -9,7 +9,6 @@ __all__ = ['ESTIMATES', 'RUNGS', 'SAMPLERS', 'OBJECTIVES', 'RENOISE_STREAM', 'Pa
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-003
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from .losses import refuse_unknown
 from .model import DDDM
-from .sampling import at_steps, check_count, class_labels, draws, eval_mode
+from .sampling import at_steps, check_count, class_labels, draws, eval_mode, step_counts
 from .schedule import VPSchedule
 from .store import seeded_normal
 
@@ -270,16 +269,14 @@ def generate(model, sampler: str | None = None, n: int = 16, steps=(1, 2, 5, 20,
     """
     if sampler is None: sampler = getattr(model, "sampler", "fixed")
     refuse_unknown("sampler", sampler, SAMPLERS)
-    if not isinstance(steps, Iterable): raise ValueError(f"steps={steps!r}: give the numbers of steps, such as (1, 5)")
     if model.shape is None: raise ValueError("the model's net has no `shape`, and so does not say what one of its samples looks like")
-    steps = list(steps)
+    steps = step_counts(steps)
     if sampler == "fixed": return at_steps(model, n, steps, seed, label, batch_size, clamp=clamp, settle=settle)
     if settle is not None: raise ValueError(f"settle={settle!r} is for the sampler 'fixed': every step of {sampler!r} is at another time")
     for name, value in (("n", n), ("batch_size", batch_size)): check_count(name, value)
-    if not steps: raise ValueError("steps is empty; give at least one number of steps")
     for s in steps: times_down(model.schedule.T, s)
     label, like, out = class_labels(model, label, n), next(model.parameters(), torch.zeros(())), {}
-    for s in sorted(set(steps)):
+    for s in steps:
         parts = []
         for a in range(0, n, batch_size):
             index = range(a, min(a + batch_size, n))
