@@ -106,7 +106,7 @@ def _ahead(f, items) -> Iterator:
             ready = coming
         yield ready.result()
 
-# %% ../nbs/08_sampling.ipynb #08-sampling-027
+# %% ../nbs/08_sampling.ipynb #08-sampling-checks
 def check_settle(settle) -> None:
     "Raises `ValueError` unless settle is None or a finite number >= 0."
     if settle is not None and (isinstance(settle, bool) or not isinstance(settle, numbers.Real) or not 0 <= settle < math.inf):
@@ -120,6 +120,7 @@ def step_counts(steps) -> list[int]:
     for s in counts: check_count("steps", s)
     return sorted(counts)
 
+# %% ../nbs/08_sampling.ipynb #08-sampling-027
 def at_steps(model, n: int, steps=(1, 2, 5, 20, 100), seed: int = 0, label=None, batch_size: int = 256,
              start: int = 0, shape=None, clamp: bool = True, settle: float | None = None) -> dict[int, torch.Tensor]:
     r"""The images numbered start … start + n - 1 of `seed` after each number of steps: a dict steps -> [n, *shape] on the CPU, ascending.
