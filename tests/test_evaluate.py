@@ -127,6 +127,7 @@ def test_inception_from_a_file_as_a_job(root, tmp_path, random_inception):
     ("run: {run}, step: [1]", "unknown parameter step; the parameters are run"),
     ("run: {run}, steps: '[1, 2]'", "steps='[1, 2]': must be a list of different integers >= 1"),
     ("run: {run}, seeds: [0, 0]", "seeds=[0, 0]: must be a list of different integers >= 0"),
+    ("run: 5", "run=5: must be a path"),
     ("run: {empty}", "holds no config.json: it is no run directory"),
     ("run: {moved}", "gone.zip' is neither a path that exists"),
     ("run: {run}, extractor: inception, weights: {empty}/inception.pth", "inception.pth' is not a file"),

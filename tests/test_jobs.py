@@ -40,6 +40,7 @@ def test_train_trains_samples_and_measures(root, tmp_path):
     ("preset: digit", "did you mean 'digits'"),
     ("overrides: {epoch: 3}", "did you mean 'epochs'"),
     ("preset: cifar10-small, data: nowhere.zip", "nowhere.zip"),
+    ("data: 5", "data=5: must be a path, as text, or None (papermill: -r data 5)"),
 ])
 def test_train_refuses_before_any_work(root, tmp_path, parameters, message):
     done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", f"out: {tmp_path / 'run'}, {parameters}")
@@ -139,6 +140,7 @@ def test_compiled_sampling_measures_the_same(root, tmp_path):
     ("compare.ipynb", "steps: [1, 2000]", "steps=2000: the schedule has only T=1000 times"),
     ("compare.ipynb", "seeds: []", "at least one entry each"),
     ("compare.ipynb", "n: 0", "n=0: must be an integer >= 1"),
+    ("compare.ipynb", "results: 5", "results=5: must be a path"),
     ("compare.ipynb", "settle: small", "settle=small: must be None"),
     ("ablate.ipynb", "overrides: {epochs: 1}", "overrides has epochs, which this job varies or sets itself"),
     ("ablate.ipynb", "parts: [d]", "Known: distance, c, T, recipe"),
