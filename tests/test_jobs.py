@@ -47,6 +47,20 @@ def test_train_refuses_before_any_work(root, tmp_path, parameters, message):
     assert done.returncode == 1 and message in done.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("notebook", ["10b_extractors", "ablate", "classifiers", "compare", "evaluate", "train"])
+def test_parameters_are_checked_once_and_their_cell_may_run_again(root, notebook):
+    "Its first cells as a kernel runs them: a name that is none stops it; after the notebook has run, changed parameters do not."
+    code = [c.source for c in nbformat.read(root / "nbs" / f"{notebook}.ipynb", 4).cells if c.cell_type == "code"]
+    at = next(k for k, source in enumerate(code) if source.startswith("known = "))
+    with pytest.raises(ValueError, match="unknown parameter stepps; the parameters are"):
+        exec("\n".join([*code[:at], "stepps = [1]", code[at]]), {})
+    names = {}
+    exec("\n".join(code[:at + 1]), names)
+    names |= dict(json=json, figure=1)                                           # what the cells below bring
+    exec("\n".join(code[at - 1:at + 1]), names)                                   # the parameters, and the check
+    exec("\n".join(code[:at + 1]), names)                                         # from the top, in the same kernel
+
+
 @pytest.mark.slow
 def test_train_on_two_processes_and_a_zip_of_class_folders(root, tmp_path):
     rng = np.random.default_rng(0)
