@@ -55,7 +55,8 @@ def fill(how: str, model, part: Part, x_t, t) -> torch.Tensor:
 
     store: the sample's own row: algorithm 1. noise: N(0, I) at every step, what sampling's first step feeds, so nothing can leak or differ.
     truth: $x_0$ itself, the leak in full, as in the published code. shuffled: the row of the sample before it in the part (noise in a part of
-    one): looks like the store's and tells nothing. self: `self_conditioned`, what sampling's first two steps feed. none: zeros, for the baselines.
+    one): looks like the store's and tells nothing. self: `self_conditioned` (Chen et al. 2022), what sampling's first two steps feed; it comes
+    from x_t and noise alone, so it leaks nothing. none: zeros, for the baselines, which tell what an estimate is worth.
     x_t [B, C, H, W]: the noisy images; t: long [B]. Raises `ValueError` for another name, and for a store's row where `part.estimate` is None.
     """
     if how in ("store", "shuffled") and part.estimate is None: raise ValueError(f"estimate={how!r} needs the store's rows, but part.estimate is None")
@@ -80,7 +81,8 @@ def self_conditioned(model, part: Part, x_t, t) -> torch.Tensor:
 def paper(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", level_range=None, rungs=None):
     r"""Equation (5): $d(f_\theta(x_0^{(n)}, x_t, t), x_0)$ [B]; the rows $x_0^{(n+1)}$ [B, C, H, W] for the store, detached; and t [B].
 
-    The reproduction: what the paper writes. `estimate`: what stands in the place of $x_0^{(n)}$, one of `ESTIMATES`; "store" is algorithm 1, "none" plain regression of $x_0$ on $x_t$.
+    The reproduction: what the paper writes. `estimate`: what stands in the place of $x_0^{(n)}$, one of `ESTIMATES`; "store" is algorithm 1; "none" is plain regression of $x_0$ on $x_t$,
+    the yardstick: its minimiser, the posterior mean, is what DDIM needs.
     `level_range`, `rungs`: not used; all objectives are called alike.
     """
     x_t = schedule.diffuse(part.x0, part.t, part.noise)
@@ -91,7 +93,7 @@ def paper(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", l
 def published_code(model, d, schedule: VPSchedule, part: Part, estimate: str = "store", level_range=None, rungs=None):
     r"""$w\,d(\hat x_0, x_0) + (1-w)\,d(\hat x_0, \text{row})$ with $w = 1/(\text{epoch}+1)$ [B]; the rows that it stores: the ground truth $x_0$ [B, C, H, W]; and t [B].
 
-    Here because it is what the paper's authors published, and it computes something else than the paper. `part.estimate`, the row, must be there (`ValueError`); `level_range` and `rungs` are not used.
+    Here because it is what the paper's authors published, and it computes something else than the paper. `estimate`: "store" alone, the rows that it wrote. `part.estimate`, the row, must be there (`ValueError`); `level_range` and `rungs` are not used.
     """
     x_t, weight = schedule.diffuse(part.x0, part.t, part.noise), 1 / (part.epoch + 1)
     x_hat = model(fill(estimate, model, part, x_t, part.t), x_t, part.t, part.label)
@@ -133,6 +135,8 @@ def spaced(T: int, beta_min: float, beta_max: float, n: int, rho: float | None) 
 def ladder(T: int, beta_min: float, beta_max: float, n: int, rungs: str = "lognormal", progress: float = 0.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""n levels [m + 1], m <= n; the distribution over their intervals as a cumulative sum from 0 to 1, float64 [m + 1]; and each interval's weight, float64 [m].
 
+    Which rungs are drawn decides what a model is good for: lognormal attends to small noise, which re-noising asks for, and draws t = T once in hundreds to thousands; uniform and rising exist
+    because one step asks at t = T.
     rungs: "lognormal" is $\ln\sigma \sim N(-1.1, 2^2)$, weight $1/\Delta\sigma$ (Song & Dhariwal 2023); "uniform" draws every interval equally often, with the same weight;
     "rising" has levels even in angle, $\ln\sigma \sim N(-1.1 + 1.5\,p, 2^2)$ and weight $(1 + p\,\sigma_t)/\Delta\sigma$, with p = `progress`, the share of training done. Raises `ValueError` for another name.
     """
@@ -150,7 +154,7 @@ def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "sel
 
     The repair: it trains the end point of the PF-ODE that definition (2) asks for (Song et al. 2023; Song & Dhariwal 2023).
     `part.t` is not used: t comes from `part.u` by the distribution of `ladder`, with `level_count(part.progress, *level_range)` levels and the choice `rungs`, which also gives the weight w.
-    `estimate`: "self" or "noise"; "store" is a control, the paper's estimate under this target, the sample's own row on both sides.
+    `estimate`: "self" or "noise", neither of which leaks; "none" is improved consistency training, the baseline that tells what the estimate is worth; "store" is a control, the paper's estimate under this target, the sample's own row on both sides.
     Sets torch's global seed to `part.seed` before each of the two passes.
     """
     times, share, weight = ladder(schedule.T, schedule.beta_min, schedule.beta_max, level_count(part.progress, *level_range), rungs, part.progress)
@@ -180,7 +184,7 @@ class Boundary(nn.Module):
         return (1 - signal) * x_t + noise * self.net(x_t, t, x0_estimate, label)
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-047
-SAMPLERS = ("fixed", "ddim", "renoise")
+SAMPLERS = ("fixed", "ddim", "renoise")     # algorithm 2, at one x_T; at falling times, the implied noise kept, for a posterior mean; with fresh noise, for a consistency model
 OBJECTIVES = {  # name: (function, what fills its estimate, whether F is scaled by `Boundary`, its sampler)
     "paper": (paper, "store", False, "fixed"),
     "published_code": (published_code, "store", False, "fixed"),

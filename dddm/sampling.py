@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['X_T_STREAM', 'X0_STREAM', 'eval_mode', 'class_labels', 'check_count', 'iterate', 'draws', 'check_settle',
-           'step_counts', 'at_steps', 'sample', 'grid', 'save_grid']
+           'step_counts', 'at_steps', 'sample', 'grid', 'save_grid', 'show_rows', 'keep_images', 'kept_images']
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-003
+import base64
+import json
 import math
 import numbers
+import zlib
 import numpy as np
 import torch
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from PIL import Image
 from .schedule import check_finite
 from .store import seeded_normal
@@ -185,3 +189,32 @@ def grid(images: torch.Tensor, columns: int | None = None, scale: int = 1) -> np
 def save_grid(images: torch.Tensor, path, columns: int | None = None, scale: int = 1) -> None:
     "`grid` as an image file; the suffix of `path` (.png) says the format."
     Image.fromarray(grid(images, columns, scale)).save(path)
+
+# %% ../nbs/08_sampling.ipynb #08-sampling-kept-2
+def show_rows(rows: dict, columns: int, width: float = 7) -> None:
+    """A figure with a row of pictures for each {name: images [n, C, H, W] in [-1, 1]}, `columns` in a line, `width` inches (the names beside them not counted).
+
+    Raises `ValueError` if there are no rows, and as `grid` does."""
+    import matplotlib.pyplot as plt
+    if not rows: raise ValueError("no rows to show")
+    pictures = {name: grid(x, columns=columns) for name, x in rows.items()}
+    fig, axes = plt.subplots(len(rows), 1, figsize=(width + 0.075 * max(map(len, rows)), (width / columns + 0.08) * len(rows)), dpi=72, squeeze=False)
+    for ax, (name, picture) in zip(axes[:, 0], pictures.items()):
+        ax.imshow(picture, interpolation="nearest"); ax.set(xticks=[], yticks=[]); ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    fig.tight_layout(); plt.show()
+
+def keep_images(rows: dict, path) -> None:
+    "Write {name: images [n, C, H, W] in [-1, 1] (cut to it), all of one C, H, W} to a JSON file, in 8 bits a value. Raises `ValueError` for other rows."
+    shapes = {tuple(x.shape[1:]) for x in rows.values()}
+    if len(shapes) != 1: raise ValueError(f"the rows have images of the shapes {sorted(shapes)}; expected one, (C, H, W)")
+    for name, x in rows.items(): check_finite(f"row {name!r}", x)
+    packed = {name: ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy().tobytes() for name, x in rows.items()}
+    Path(path).write_text(json.dumps(dict(shape=shapes.pop(), rows={name: base64.b64encode(zlib.compress(x, 9)).decode() for name, x in packed.items()}), indent=0))
+
+def kept_images(path) -> dict[str, torch.Tensor]:
+    "The rows that `keep_images` wrote, in [-1, 1], each value within 1/255 of what it was. Raises `ValueError` for a file of another kind."
+    try:
+        found = json.loads(Path(path).read_text())
+        return {name: torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8).reshape(-1, *found["shape"]) / 127.5 - 1 for name, text in found["rows"].items()}
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, zlib.error) as e: raise ValueError(f"{path} is not a file of images that keep_images wrote: {e}") from e
+

@@ -34,7 +34,7 @@ def test_as_committed(path):
     for place in {str(pathlib.Path.home()), str(NBS.parents[1])} - {"/"}: assert f"{place}/" not in text, f"{path.name} names {place}"
 
 
-@pytest.mark.parametrize("path", [pytest.param(NBS / f"{name}.ipynb", id=name) for name in sorted(JOBS | {"09b_reproduction"})])
+@pytest.mark.parametrize("path", [pytest.param(NBS / f"{name}.ipynb", id=name) for name in sorted(JOBS | {"09b_reproduction", "09c_cifar"})])
 def test_takes_parameters(path):
     "papermill puts its parameters behind the one cell that has the tag."
     tagged = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]
