@@ -201,6 +201,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'dddm.metrics.load_extractor': ('metrics.html#load_extractor', 'dddm/metrics.py'),
                               'dddm.metrics.load_results': ('metrics.html#load_results', 'dddm/metrics.py'),
                               'dddm.metrics.markdown': ('metrics.html#markdown', 'dddm/metrics.py'),
+                              'dddm.metrics.mean_range': ('metrics.html#mean_range', 'dddm/metrics.py'),
                               'dddm.metrics.mean_shift': ('metrics.html#mean_shift', 'dddm/metrics.py'),
                               'dddm.metrics.mean_std': ('metrics.html#mean_std', 'dddm/metrics.py'),
                               'dddm.metrics.measure': ('metrics.html#measure', 'dddm/metrics.py'),

@@ -8,10 +8,10 @@ __all__ = ['ROWS', 'VGG_URL', 'INCEPTION', 'INCEPTION_URL', 'PUBLISHED', 'LIBRAR
            'to_bytes', 'sha256', 'inception_file', 'NetExtractor', 'Extractor', 'module_hash', 'published_extractor',
            'load_extractor', 'Pictures', 'evenly', 'drawn', 'passing', 'pictures', 'Features', 'data_hash', 'Collector',
            'extract', 'as_tensors', 'write_features', 'read_features', 'reference_features', 'Result', 'check_kind',
-           'mean_std', 'table', 'markdown', 'save_results', 'load_results', 'inception_score', 'precision_recall',
-           'pairwise_distance', 'mean_shift', 'class_probabilities', 'confident', 'class_counts', 'nearest',
-           'Memorisation', 'memorisation', 'check_same_extractor', 'energy_distance', 'copied_noise', 'frechet_result',
-           'measure', 'evaluate', 'PaperRow', 'paper_rows', 'beside_paper']
+           'mean_std', 'mean_range', 'table', 'markdown', 'save_results', 'load_results', 'inception_score',
+           'precision_recall', 'pairwise_distance', 'mean_shift', 'class_probabilities', 'confident', 'class_counts',
+           'nearest', 'Memorisation', 'memorisation', 'check_same_extractor', 'energy_distance', 'copied_noise',
+           'frechet_result', 'measure', 'evaluate', 'PaperRow', 'paper_rows', 'beside_paper']
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-003
 import hashlib, json, math, os, tempfile, warnings
@@ -427,6 +427,14 @@ def mean_std(results: list[Result]) -> tuple[float, float]:
     if len(results) < 2 or len({r.seed for r in results}) < len(results): raise ValueError(f"seeds {[r.seed for r in results]}: need two or more, all different")
     values = np.array([r.value for r in results])
     return float(values.mean()), float(values.std(ddof=1))
+
+def mean_range(values, digits: int = 3, of: int = 1) -> str:
+    "Numbers of several seeds as text: mean [smallest, largest], in `digits` significant digits; then (how many), where that is fewer than `of`. None: a dash."
+    values = [float(v) for v in values]
+    if not values: return "-"
+    text = f"{sum(values) / len(values):.{digits}g}" + (f" [{min(values):.{digits}g}, {max(values):.{digits}g}]" if len(values) > 1 else "")
+    return text + (f" ({len(values)})" if len(values) < of else "")
+
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-048
 def table(runs: dict[str, dict[str, Result]]) -> list[dict]:

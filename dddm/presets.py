@@ -40,10 +40,12 @@ FEW_STEPS = dict(rungs="lognormal", sampler="renoise")
 def repaired(fields: dict, few_steps: bool = False) -> dict:
     """Fields of `TrainConfig` with the repair put in: `REPAIR`, the `c` of `pseudo_huber_c` for their "shape" (C, H, W), and 0.6 of their "lr"; few_steps: `FEW_STEPS`, too.
 
-    The other fields stay; levels that suit a long training, (10, 640) for CIFAR-10, are yours to set. Raises `ValueError` if "shape" or "lr" is missing.
+    An "estimate" and "distance_options" of the fields are dropped: the first might leak, the second belong to another distance. The other fields stay; levels that suit a
+    long training, (10, 640) for CIFAR-10, are yours to set. Fields that have it already would get 0.6 of the rate again. Raises `ValueError` if "shape" or "lr" is missing.
     """
     if missing := [k for k in ("shape", "lr") if k not in fields]: raise ValueError(f"fields lack {' and '.join(missing)}: c follows the shape, and the repair's rate is 0.6 of yours")
-    return {**fields, **REPAIR, "c": pseudo_huber_c(fields["shape"]), "lr": 0.6 * fields["lr"], **(FEW_STEPS if few_steps else {})}
+    rest = {k: v for k, v in fields.items() if k not in ("estimate", "distance_options")}
+    return {**rest, **REPAIR, "c": pseudo_huber_c(fields["shape"]), "lr": 0.6 * fields["lr"], **(FEW_STEPS if few_steps else {})}
 
 DIGITS_CONSISTENCY = {**repaired(DIGITS), "classes": 10, "epochs": 75, "ema": 0.95, "net": {**DIGITS["net"], "base": 16, "multipliers": (1, 2)}}
 CIFAR10_SMALL_CONSISTENCY = repaired(CIFAR10_SMALL)

@@ -192,13 +192,14 @@ def save_grid(images: torch.Tensor, path, columns: int | None = None, scale: int
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-kept-2
 def show_rows(rows: dict, columns: int, width: float = 7) -> None:
-    """A figure with a row of pictures for each {name: images [n, C, H, W] in [-1, 1]}, `columns` in a line, `width` inches (the names beside them not counted).
+    """A figure with a row of pictures for each {name: images [n, C, H, W] in [-1, 1]}, `columns` in a line (more: further lines), `width` inches (the names beside them not counted).
 
     Raises `ValueError` if there are no rows, and as `grid` does."""
     import matplotlib.pyplot as plt
     if not rows: raise ValueError("no rows to show")
     pictures = {name: grid(x, columns=columns) for name, x in rows.items()}
-    fig, axes = plt.subplots(len(rows), 1, figsize=(width + 0.075 * max(map(len, rows)), (width / columns + 0.08) * len(rows)), dpi=72, squeeze=False)
+    heights = [width * p.shape[0] / p.shape[1] for p in pictures.values()]
+    fig, axes = plt.subplots(len(rows), 1, figsize=(width + 0.075 * max(map(len, rows)), sum(heights) + 0.08 * len(rows)), dpi=72, squeeze=False, height_ratios=heights)
     for ax, (name, picture) in zip(axes[:, 0], pictures.items()):
         ax.imshow(picture, interpolation="nearest"); ax.set(xticks=[], yticks=[]); ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     fig.tight_layout(); plt.show()
