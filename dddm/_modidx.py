@@ -277,6 +277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dddm.sampling.check_settle': ('sampling.html#check_settle', 'dddm/sampling.py'),
                                'dddm.sampling.class_labels': ('sampling.html#class_labels', 'dddm/sampling.py'),
                                'dddm.sampling.draws': ('sampling.html#draws', 'dddm/sampling.py'),
+                               'dddm.sampling.eight_bits': ('sampling.html#eight_bits', 'dddm/sampling.py'),
                                'dddm.sampling.eval_mode': ('sampling.html#eval_mode', 'dddm/sampling.py'),
                                'dddm.sampling.grid': ('sampling.html#grid', 'dddm/sampling.py'),
                                'dddm.sampling.iterate': ('sampling.html#iterate', 'dddm/sampling.py'),

@@ -429,12 +429,11 @@ def mean_std(results: list[Result]) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1))
 
 def mean_range(values, digits: int = 3, of: int = 1) -> str:
-    "Numbers of several seeds as text: mean [smallest, largest], in `digits` significant digits; then (how many), where that is fewer than `of`. None: a dash."
+    "Numbers of several seeds as text: mean [smallest, largest], in `digits` significant digits; then (how many), where that is fewer than `of`. No numbers: a dash."
     values = [float(v) for v in values]
     if not values: return "-"
     text = f"{sum(values) / len(values):.{digits}g}" + (f" [{min(values):.{digits}g}, {max(values):.{digits}g}]" if len(values) > 1 else "")
     return text + (f" ({len(values)})" if len(values) < of else "")
-
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-048
 def table(runs: dict[str, dict[str, Result]]) -> list[dict]:

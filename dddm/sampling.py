@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['X_T_STREAM', 'X0_STREAM', 'eval_mode', 'class_labels', 'check_count', 'iterate', 'draws', 'check_settle',
-           'step_counts', 'at_steps', 'sample', 'grid', 'save_grid', 'show_rows', 'keep_images', 'kept_images']
+           'step_counts', 'at_steps', 'sample', 'eight_bits', 'grid', 'save_grid', 'show_rows', 'keep_images',
+           'kept_images']
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-003
 import base64
@@ -172,6 +173,10 @@ def sample(model, n: int, steps: int = 1, seed: int = 0, label=None, batch_size:
     return at_steps(model, n, (steps,), seed, label, batch_size, start, shape, clamp)[steps]
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-031
+def eight_bits(images: torch.Tensor) -> torch.Tensor:
+    "Values in [-1, 1] (cut to it), of any shape, as uint8 from 0 to 255, on the CPU."
+    return ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
 def grid(images: torch.Tensor, columns: int | None = None, scale: int = 1) -> np.ndarray:
     """Images [n, C, H, W] in [-1, 1] (cut to it), C = 1 or 3, as one picture: uint8 [height, width, 3], row by row.
 
@@ -182,7 +187,7 @@ def grid(images: torch.Tensor, columns: int | None = None, scale: int = 1) -> np
         raise ValueError(f"images has shape {tuple(images.shape)}; expected (n, 1 or 3, H, W) with n >= 1")
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
     check_count("columns", columns); check_count("scale", scale); check_finite("images", images)
-    pixels = ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = eight_bits(images)
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return make_grid(pixels, nrow=columns, padding=scale, pad_value=127).permute(1, 2, 0).numpy()
 
@@ -205,12 +210,13 @@ def show_rows(rows: dict, columns: int, width: float = 7) -> None:
     fig.tight_layout(); plt.show()
 
 def keep_images(rows: dict, path) -> None:
-    "Write {name: images [n, C, H, W] in [-1, 1] (cut to it), all of one C, H, W} to a JSON file, in 8 bits a value. Raises `ValueError` for other rows."
+    "Write {name: images [n, C, H, W] in [-1, 1] (cut to it), all of one C, H, W} to a JSON file, in 8 bits a value: whole, or not at all. Raises `ValueError` for other rows."
     shapes = {tuple(x.shape[1:]) for x in rows.values()}
     if len(shapes) != 1: raise ValueError(f"the rows have images of the shapes {sorted(shapes)}; expected one, (C, H, W)")
     for name, x in rows.items(): check_finite(f"row {name!r}", x)
-    packed = {name: ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy().tobytes() for name, x in rows.items()}
-    Path(path).write_text(json.dumps(dict(shape=shapes.pop(), rows={name: base64.b64encode(zlib.compress(x, 9)).decode() for name, x in packed.items()}), indent=0))
+    packed = {name: base64.b64encode(zlib.compress(eight_bits(x).numpy().tobytes(), 9)).decode() for name, x in rows.items()}
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps(dict(shape=shapes.pop(), rows=packed), indent=0)); part.replace(path)
 
 def kept_images(path) -> dict[str, torch.Tensor]:
     "The rows that `keep_images` wrote, in [-1, 1], each value within 1/255 of what it was. Raises `ValueError` for a file of another kind."
@@ -218,4 +224,3 @@ def kept_images(path) -> dict[str, torch.Tensor]:
         found = json.loads(Path(path).read_text())
         return {name: torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8).reshape(-1, *found["shape"]) / 127.5 - 1 for name, text in found["rows"].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, zlib.error) as e: raise ValueError(f"{path} is not a file of images that keep_images wrote: {e}") from e
-
