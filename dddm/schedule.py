@@ -31,9 +31,11 @@ def linear_betas(T: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -
 def check_finite(name: str, x: torch.Tensor) -> None:
     """Raise `ValueError` naming the argument when `x` has a NaN or an infinity.
 
-    On the CPU only: elsewhere the answer would make every call wait for the device (the sampler and the trainer check what comes out).
+    On the CPU only: elsewhere the answer would make every call wait for the device, and in a compiled graph it would
+    break the graph. The sampler and the trainer check what comes out.
     """
-    if x.device.type == "cpu" and x.numel() and not torch.stack(torch.aminmax(x.detach())).isfinite().all():       # one pass: both extremes pass a NaN on
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel(): return
+    if not torch.stack(torch.aminmax(x.detach())).isfinite().all():       # one pass: both extremes pass a NaN on
         raise ValueError(f"{name} has non-finite values; every entry must be finite")
 
 # %% ../nbs/00_schedule.ipynb #00-schedule-019
@@ -47,23 +49,40 @@ class VPSchedule:
         self.betas = linear_betas(T, beta_min, beta_max)
         self.alphas_bar = torch.cumprod(1 - self.betas, 0)
         self.T, self.beta_min, self.beta_max = int(T), float(beta_min), float(beta_max)
+        self._tables = {}
 
     def __repr__(self): return f"VPSchedule(T={self.T}, beta_min={self.beta_min:g}, beta_max={self.beta_max:g})"
 
     def check_t(self, t: torch.Tensor, batch: int) -> torch.Tensor:
-        "Return `t` as a long tensor [batch]; `ValueError` unless it is integer valued, in 0..T (looked at on the CPU only), and one or `batch` long."
+        """Return `t` as a long tensor [batch].
+
+        Raises `ValueError` unless it is integer valued, one or `batch` long, and in 0..T (looked at on the CPU only, and
+        not in a compiled graph).
+        """
         t = torch.as_tensor(t)
-        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool: raise ValueError(f"t has dtype {t.dtype}; it must be an integer tensor")
+        if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            raise ValueError(f"t has dtype {t.dtype}; it must be an integer tensor")
         if t.ndim == 0: t = t.expand(batch)
-        if t.shape != (batch,): raise ValueError(f"t has shape {tuple(t.shape)}; expected ({batch},), one step for each sample")
-        if batch and t.device.type == "cpu" and (t.min() < 0 or t.max() > self.T): raise ValueError(f"t ranges over {t.min().item()}..{t.max().item()}; it must stay in 0..T={self.T}")
+        if t.shape != (batch,):
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected ({batch},), one step for each sample")
+        look = batch and t.device.type == "cpu" and not torch.compiler.is_compiling()
+        if look and (t.min() < 0 or t.max() > self.T):
+            raise ValueError(f"t ranges over {t.min().item()}..{t.max().item()}; it must stay in 0..T={self.T}")
         return t.long()
+
+    def tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        r"$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for every t, [T+1], on `like`'s device and in its dtype; made once for each."
+        key = str(like.device), like.dtype
+        if key not in self._tables:
+            exact = self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()      # cast before the move: MPS has no float64
+            with torch.inference_mode(False):                                 # they serve training, too
+                self._tables[key] = tuple(v.to(like.dtype).to(like.device) for v in exact)
+        return self._tables[key]
 
     def signal_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         r"$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for `t` [B], on `like`'s device and dtype, shaped [B, 1, …] to multiply it."
         t = self.check_t(t, len(like)).to(like.device)
-        tables = self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()      # in float64; cast before the move, since MPS has no float64
-        return tuple(v.to(like.dtype).to(like.device)[t].reshape(-1, *[1] * (like.ndim - 1)) for v in tables)
+        return tuple(v[t].reshape(-1, *[1] * (like.ndim - 1)) for v in self.tables(like))
 
     def diffuse(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         r"""$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$, a draw from $q(x_t \mid x_0)$ (paper 2.1).
