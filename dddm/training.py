@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'NET_FIELDS', 'MACHINE', 'RESUMABLE', 'TrainConfig', 'has_type', 'check_config', 'step_seed', 'generator',
-           'epoch_batches', 'draw', 'draw_estimate', 'build', 'ema_decay', 'learning_rate', 'fsync', 'sha256',
+           'epoch_batches', 'draw', 'build', 'ema_decay', 'learning_rate', 'fsync', 'sha256', 'sha256_of',
            'seal_checkpoint', 'checkpoints', 'step_of', 'damage', 'newest_checkpoint', 'load', 'read_config',
-           'check_directory', 'claim_directory', 'locked', 'check_data', 'check_disk', 'start_accelerator',
-           'load_images', 'open_distance', 'place_images', 'open_store', 'Run', 'accumulate', 'last_good', 'not_finite',
-           'step', 'save', 'restore', 'trim_history', 'log', 'memory_in_use', 'history', 'grid_path', 'grid_due',
-           'sample_grid', 'seconds_per_image', 'describe', 'checkpoint_bytes', 'size_text', 'stop_signals', 'any_rank',
-           'train', 'leave', 'main']
+           'check_directory', 'claim_directory', 'locked', 'check_data', 'check_disk', 'step_dtype', 'tf32',
+           'start_accelerator', 'load_images', 'open_distance', 'place_images', 'open_store', 'Run', 'pass_value',
+           'make_part', 'filled_up', 'evaluate_part', 'accumulate', 'sum_gradients', 'last_good', 'not_finite', 'step',
+           'set_dropout', 'notice', 'read_flags', 'notice_last', 'save', 'restore', 'trim_history', 'log',
+           'memory_in_use', 'history', 'grid_path', 'grid_due', 'sample_grid', 'trial', 'memory_of_trial',
+           'fitting_micro_batch', 'compile_pass', 'as_good', 'try_passes', 'describe', 'checkpoint_bytes', 'size_text',
+           'stop_signals', 'train', 'leave', 'main']
 
 # %% ../nbs/09_training.ipynb #09-training-002
 import argparse
@@ -31,6 +33,7 @@ import time
 import typing
 import warnings
 from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -48,17 +51,18 @@ from . import data as images
 from .features import trunk
 from .losses import distance, refuse_unknown
 from .model import DDDM
-from .objectives import OBJECTIVES, RUNGS, Part, assemble, estimate_of, generate, needs_store, sampler_of
-from .sampling import save_grid
+from .objectives import OBJECTIVES, RUNGS, Part, assemble, estimate_of, generate, needs_store, sampler_of, with_levels
+from .sampling import has_bfloat16, save_grid
 from .schedule import VPSchedule
-from .store import EstimateStore
-from .unet import UNet
+from .store import EstimateStore, queued, to_device
+from .unet import UNet, seed_dropout
 
 # %% ../nbs/09_training.ipynb #09-training-005
-CHOICES = dict(objective=tuple(OBJECTIVES), rungs=RUNGS, on_error=("stop", "skip"), precision=("auto", "float32", "bfloat16"), device=("auto", "cpu"),
+CHOICES = dict(objective=tuple(OBJECTIVES), rungs=RUNGS, on_error=("stop", "skip"), precision=("auto", "float32", "bfloat16"), device=("auto", "cpu"), tracker=(None, "tensorboard", "wandb"),
                store_dtype=("float32", "float16", "bfloat16", "uint8"))
 NET_FIELDS = tuple(k for k in inspect.signature(UNet).parameters if k not in ("shape", "classes"))
-MACHINE = ("device", "log_every", "checkpoint_every", "sample_every", "data_path", "download", "on_error")
+MACHINE = ("device", "micro_batch", "precision", "compile", "recompute", "tracker", "log_every", "checkpoint_every", "sample_every",
+           "data_path", "download", "on_error")
 RESUMABLE = ("epochs", "sampler", "store_path", *MACHINE)         # may differ when a run goes on
 
 # %% ../nbs/09_training.ipynb #09-training-007
@@ -70,7 +74,7 @@ class TrainConfig:
     net: arguments of `dddm.unet.UNet` beyond shape and classes. T, beta_min, beta_max: the schedule. objective: what a step computes, "paper" is equation (5); estimate: what fills the estimate in training, None is the objective's own (see `dddm.objectives`); levels: fewest and most noise levels of the consistency objectives; rungs: how those are drawn; sampler: how the trained model makes images unless it is told otherwise, one of `dddm.objectives.SAMPLERS`, None is the objective's own. distance, c, distance_options: $d$, as `dddm.losses.distance` takes them.
     epochs, batch: passes over the data; samples in a step, over all devices together; drop_last: leave out an epoch's last batch where it is smaller, for Adam steps as far for five images as for 128. lr: Adam's rate, constant in the paper; lr_decay: share of the training, its last, in which the rate falls linearly to 0, so that targets that move with the network can settle. ema: decay of the weights' average; ema_warmup: use min(ema, (1+step)/(10+step)), so that a short run is not all start.
     flip: mirror images at random. store_dtype, store_path: the estimate store's number format; a file to hold it, or None for memory. seed: every random draw follows from it.
-    micro_batch: most samples in one forward pass of one device (None: the whole share); precision: "float32", "bfloat16" (autocast) or "auto", which is bfloat16 on CUDA; compile: torch.compile the network; device: "cpu", or "auto", which is CUDA where there is a GPU. log_every, checkpoint_every, sample_every: in steps (sample_every 0: no grids).
+    micro_batch: most samples in one pass of one device; None is the whole share, on a GPU as much of it as fits into free memory. precision: "float32" (TF32 on a GPU), "bfloat16" (autocast) or "auto", see `step_dtype`. compile: make the objective one compiled graph; None compiles on a GPU where that is as good as eager and faster, see `try_passes`. recompute: keep less of a pass in memory and compute it twice, see `dddm.unet.UNet`. device: "cpu", or "auto", which is CUDA where there is a GPU. tracker: "tensorboard" or "wandb", to which the history goes, too. log_every, checkpoint_every, sample_every: in steps (sample_every 0: no grids).
     """
     data: str = "digits"
     data_path: str | None = None
@@ -104,7 +108,9 @@ class TrainConfig:
     seed: int = 0
     micro_batch: int | None = None
     precision: str = "auto"
-    compile: bool = False
+    compile: bool | None = None
+    recompute: bool = False
+    tracker: str | None = None
     device: str = "auto"
     log_every: int = 20
     checkpoint_every: int = 1000
@@ -182,22 +188,22 @@ def epoch_batches(n: int, batch: int, seed: int, epoch: int, world: int = 1, dro
     return [[s[cuts[r][k]:cuts[r][k + 1]] for r, s in enumerate(shares)] for k in range(n // batch if drop_last else steps)]
 
 # %% ../nbs/09_training.ipynb #09-training-019
-def draw(config: TrainConfig, step: int, n: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    r"Step `step`'s random draws for n samples: t [n] ~ U{1..T}, noise [n, C, H, W] ~ N(0, I), flip mask [n]."
-    g = generator(device, config.seed, "step", step)
-    t = torch.randint(1, config.T + 1, (n,), generator=g, device=device)
-    noise = torch.randn(n, *config.shape, generator=g, device=device)
-    flips = torch.rand(n, generator=g, device=device) < 0.5
-    return t, noise, flips
+def draw(config: TrainConfig, step: int, n: int, device="cpu") -> dict[str, torch.Tensor]:
+    r"""Step `step`'s random draws for n samples, by name, on `device`: those that the configuration's objective uses.
 
-# %% ../nbs/09_training.ipynb #09-training-022
-def draw_estimate(config: TrainConfig, step: int, n: int, device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    r"Step `step`'s further draws: `first` [n, C, H, W] ~ N(0, I), `again` bool [n], `u` [n] ~ U(0, 1), one in each n-th of (0, 1), in random order, and `second`, as `first`; see `dddm.objectives.Part`."
+    t: long [n] ~ U{1..T}; noise, first, second: [n, C, H, W] ~ N(0, I); u: [n] ~ U(0, 1), one in each n-th of (0, 1), in random order;
+    flips: bool [n], true with probability 1/2. See `dddm.objectives.Part`.
+    """
+    g, shape = generator(device, config.seed, "step", step), (n, *config.shape)
+    normal = lambda: torch.randn(shape, generator=g, device=device)
+    draws = dict(t=torch.randint(1, config.T + 1, (n,), generator=g, device=device), noise=normal())
+    if config.flip: draws["flips"] = torch.rand(n, generator=g, device=device) < 0.5
+    estimate, levels = estimate_of(config.objective, config.estimate), OBJECTIVES[config.objective].prepare is with_levels
     g = generator(device, config.seed, "estimate", step)
-    first = torch.randn(n, *config.shape, generator=g, device=device)
-    again, u = torch.rand(n, generator=g, device=device) < 0.5, torch.rand(n, generator=g, device=device)
-    u = (torch.randperm(n, generator=g, device=device) + u) / n
-    return first, again, u, torch.randn(n, *config.shape, generator=g, device=device)
+    if estimate in ("noise", "shuffled", "self"): draws["first"] = normal()
+    if levels: draws["u"] = (torch.randperm(n, generator=g, device=device) + torch.rand(n, generator=g, device=device)) / n
+    if levels and "first" in draws: draws["second"] = normal()
+    return draws
 
 # %% ../nbs/09_training.ipynb #09-training-024
 def build(config: TrainConfig) -> DDDM:
@@ -226,10 +232,15 @@ def fsync(path: Path) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+def sha256_of(paths: list[Path]) -> list[str]:
+    "The files' sha256, several files at a time: eight ranks' stores are tens of gigabytes."
+    with ThreadPoolExecutor(8) as pool: return list(pool.map(sha256, paths))
+
 def seal_checkpoint(temporary: Path, keep: int = 2) -> Path:
     "Make the finished folder `.step-K` the checkpoint `step-K`: manifest, fsync, rename; then drop all but the newest `keep`."
     files = sorted(p for p in temporary.iterdir() if p.name != "manifest.json")
-    (temporary / "manifest.json").write_text(json.dumps({p.name: dict(bytes=p.stat().st_size, sha256=sha256(p)) for p in files}, indent=1))
+    manifest = {p.name: dict(bytes=p.stat().st_size, sha256=digest) for p, digest in zip(files, sha256_of(files))}
+    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for p in [*temporary.iterdir(), temporary]: fsync(p)
     final = temporary.with_name(temporary.name.removeprefix("."))
     temporary.rename(final)
@@ -256,7 +267,8 @@ def damage(checkpoint: Path) -> str | None:
         path = checkpoint / name
         if not path.exists(): return f"{name} is missing"
         if path.stat().st_size != was["bytes"]: return f"{name} has {path.stat().st_size} bytes instead of {was['bytes']}"
-        if sha256(path) != was["sha256"]: return f"{name} does not match its sha256"
+    for name, digest in zip(manifest, sha256_of([checkpoint / name for name in manifest])):
+        if digest != manifest[name]["sha256"]: return f"{name} does not match its sha256"
     return None
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -347,14 +359,35 @@ def check_disk(out: Path, needed: int) -> None:
     if free < needed: raise OSError(f"{out} has {free / 1e9:.3g} GB free; three checkpoints need {needed / 1e9:.3g} GB: free some space or choose another directory")
 
 # %% ../nbs/09_training.ipynb #09-training-042
-def start_accelerator(config: TrainConfig) -> Accelerator:
-    "Device, number format and ranks: CUDA where there is a GPU and the configuration allows it; as many ranks as the launcher started."
+def step_dtype(config: TrainConfig, device) -> torch.dtype:
+    """The number format of a training step's products: torch.bfloat16 or torch.float32.
+
+    precision="auto" is bfloat16 on a GPU that has it, unless the objective takes differences of answers that nearly agree
+    (`Objective.exact`). Raises `ValueError` where bfloat16 is asked of a GPU without it.
+    """
+    able = has_bfloat16(device)
+    if config.precision == "bfloat16" and device.type == "cuda" and not able:
+        raise ValueError("precision='bfloat16': this GPU has no bfloat16 (it needs compute capability 8.0); take 'float32' or 'auto'")
+    if config.precision == "auto": return torch.bfloat16 if able and not OBJECTIVES[config.objective].exact else torch.float32
+    return getattr(torch, config.precision)
+
+@contextlib.contextmanager
+def tf32():
+    "Within, float32 products on a GPU may use TF32 (10 bits after the point, float32's range)."
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try: yield
+    finally: torch.set_float32_matmul_precision(before)
+
+def start_accelerator(config: TrainConfig, out: Path) -> Accelerator:
+    "Device, ranks and tracker: CUDA where there is a GPU and the configuration allows it; as many ranks as the launcher started."
     cuda = torch.cuda.is_available() and config.device != "cpu"
-    bf16 = config.precision == "bfloat16" or (config.precision == "auto" and cuda)
-    # Accelerate remembers the first Accelerator of a process; a second run may want another device or format
+    # Accelerate remembers the first Accelerator of a process; a second run may want another device
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))                    # while one rank decodes a large data set, the others wait
-    return Accelerator(cpu=not cuda, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[patience])
+    try: return Accelerator(cpu=not cuda, log_with=config.tracker, project_dir=str(out), kwargs_handlers=[patience])
+    except (ImportError, ValueError) as e:
+        raise ValueError(f"tracker={config.tracker!r}: {e}; install it (pip install {config.tracker}), or leave tracker out") from e
 
 def load_images(config: TrainConfig):
     "The configuration's images, with `resize` scaled to its shape and turned to its number of channels."
@@ -388,11 +421,12 @@ class Run:
     Raises before any work, through the functions it calls, where configuration, images or directory do not fit.
     """
     def __init__(self, config: TrainConfig, out, resume: bool = True, hold: contextlib.ExitStack | None = None):
-        self.config, self.out, self.accelerator = config, Path(out), start_accelerator(config)
+        self.config, self.out = config, Path(out)
+        self.accelerator = start_accelerator(config, self.out)
         self.rank, self.world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         self.device = torch.device("cpu") if device.type == "cpu" else device        # Accelerate numbers CPUs (cpu:0), torch.load knows no number
-        self.main = self.accelerator.is_main_process
-        self.bare = build(config)
+        self.main, self.dtype = self.accelerator.is_main_process, step_dtype(config, self.device)
+        self.model = build(config)
         with self.accelerator.local_main_process_first():        # one rank fetches and decodes, the others find it done
             self.d, data = open_distance(config).to(self.device), load_images(config)
         check_data(config, data)
@@ -402,18 +436,24 @@ class Run:
             check_directory(config, self.out, resume)
             if hold is not None: hold.enter_context(locked(self.out))
             if (there := max(map(step_of, checkpoints(self.out / "checkpoints")), default=0)) > self.steps:
-                raise ValueError(f"{self.out} holds {there:,} steps, more than the {self.steps:,} of epochs={config.epochs}; give at least {math.ceil(there / self.steps_per_epoch)} epochs, or another directory")
+                raise ValueError(f"{self.out} holds {there:,} steps, more than the {self.steps:,} of epochs={config.epochs}; "
+                                 f"give at least {math.ceil(there / self.steps_per_epoch)} epochs, or another directory")
             claim_directory(config, self.out, resume)
         self.accelerator.wait_for_everyone()
-        self.data, self.bare = place_images(data, self.device), self.bare.to(self.device)
-        self.ema = copy.deepcopy(self.bare).eval().requires_grad_(False)
-        if config.compile: self.bare.net.compile()
-        adam = torch.optim.Adam(self.bare.parameters(), lr=config.lr, fused=self.device.type in ("cpu", "cuda"))
-        self.model, self.optimizer = self.accelerator.prepare(self.bare, adam)
+        self.data, self.model = place_images(data, self.device), self.model.to(self.device)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        for m in self.model.modules():
+            if isinstance(m, UNet): m.recompute = config.recompute
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=self.device.type in ("cpu", "cuda"))
         self.store = open_store(config, len(data), self.rank, self.world, self.device)
         self.done, self.order = 0, (None, None)                  # steps done; this epoch's batches
         self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)   # loss and count by quarter of t since the last log
+        self.told, self.stop, self.coming = False, False, None   # a signal came; all ranks are to stop; flags on their way from the device
+        self.compiled, self.compute = False, pass_value
+        self.micro_batch = config.micro_batch or math.ceil(config.batch / self.world)
         self.resumed = restore(self)
+        try_passes(self)
+        if config.tracker: self.accelerator.init_trackers("dddm", {k: str(v) for k, v in config.to_dict().items()})
 
     @property
     def epoch(self) -> int: return self.done // self.steps_per_epoch
@@ -424,35 +464,81 @@ class Run:
         return self.order[1][self.done % self.steps_per_epoch]
 
 # %% ../nbs/09_training.ipynb #09-training-045
-def accumulate(run: Run, index: torch.Tensor, draws: tuple, total: int, seed: int) -> None:
-    """Add a part's share of the gradient of the objective, and write its new estimates.
+def pass_value(loss, model, d, schedule, part: Part, estimate: str, keep: torch.Tensor | None):
+    """What one pass gives: the sum of the objective's values, the values [B], and the rows for the store or None.
 
-    index long [b]: this rank's samples; draws: their t, noise, flips, first, again, u, second, each [b, ...]; total: samples in the global batch; seed: of
-    its dropout. Raises `FloatingPointError` where the loss (before the backward pass) or an estimate is not finite.
+    loss: of `Objective`; keep: [B], 1 for a row that counts and 0 for one that fills up, or None. Compiled, this is the one graph.
     """
-    c, (t, noise, flips, first, again, u, second) = run.config, draws
-    mirror = (lambda x: images.flip(x, flips)) if c.flip else (lambda x: x)
+    value, row = loss(model, d, schedule, part, estimate)
+    if keep is not None: value = value * keep
+    return value.sum(), value.detach(), row
+
+def make_part(run: Run, index: torch.Tensor, draws: dict) -> Part:
+    "The `Part` of this rank's samples `index` (long [b], on the CPU) with their draws, each [b, …]."
+    c, about = run.config, OBJECTIVES[run.config.objective]
+    draws = dict(draws)
+    flips = draws.pop("flips", None)
+    mirror = (lambda x: x) if flips is None else (lambda x: images.flip(x, flips))
     x0, label = run.data.get(index)
-    stored = None if run.store is None else mirror(run.store.read(index).to(run.device))
-    part = Part(mirror(x0.to(run.device)), stored, t, noise, first, again, u, label.to(run.device) if c.classes is not None else None,
-                progress=run.done / run.steps, epoch=run.epoch, seed=seed, second=second)
-    d, row, t = OBJECTIVES[c.objective][0](run.model, run.d, run.bare.schedule, part, estimate=estimate_of(c.objective, c.estimate), level_range=c.levels, rungs=c.rungs)
-    loss = d.sum()
-    if not math.isfinite(loss.item()): raise FloatingPointError(not_finite(run, f"the loss is {loss.item()}", index))
-    run.accelerator.backward(loss * (run.world / total))
-    try:
-        if run.store is not None: run.store.write(index, mirror(row).to(run.store.device))
-    except ValueError as e: raise FloatingPointError(not_finite(run, f"an estimate cannot be stored ({e})", index)) from e
-    quarter = (t - 1) * 4 // c.T
-    run.sums[0].index_add_(0, quarter, d.detach().double())
-    run.sums[1].index_add_(0, quarter, torch.ones_like(d, dtype=torch.float64))
+    stored = None if run.store is None else mirror(to_device(run.store.read(index), run.device))
+    label = None if c.classes is None else to_device(label, run.device)
+    part = Part(mirror(to_device(x0, run.device)), stored, label=label, progress=run.done / run.steps, epoch=run.epoch, **draws)
+    return about.prepare(part, run.model.schedule, level_range=c.levels, rungs=c.rungs)
+
+def filled_up(part: Part, size: int) -> tuple[Part, torch.Tensor]:
+    "`part` with `size` rows, its own again where it has fewer; and [size], 1 where a row counts, 0 where it fills up."
+    n = len(part.x0)
+    place = torch.arange(size, device=part.x0.device)
+    rows = lambda v: v[place % n] if torch.is_tensor(v) and v.ndim else v
+    keep = (place < n).float()
+    return part if n == size else dataclasses.replace(part, **{k: rows(v) for k, v in vars(part).items()}), keep
+
+def evaluate_part(run: Run, index: torch.Tensor, draws: dict, compiled: bool | None = None):
+    "`pass_value` of the samples `index`, and their `Part`; compiled: None is the run's choice."
+    part = make_part(run, index, draws)
+    whole, keep = filled_up(part, run.micro_batch) if (run.compiled if compiled is None else compiled) else (part, None)
+    compute, n = pass_value if compiled is False else run.compute, len(index)
+    with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
+        loss, value, row = compute(OBJECTIVES[run.config.objective].loss, run.model, run.d, run.model.schedule, whole,
+                                   estimate_of(run.config.objective, run.config.estimate), keep)
+    return loss, value[:n], None if row is None else row[:n], part
+
+def accumulate(run: Run, index: torch.Tensor, draws: dict, total: int) -> torch.Tensor:
+    """Add a part's share of the gradient of the objective, and write its new estimates; returns a bool [] on the device: all was finite.
+
+    index, draws: see `make_part`; total: samples in the global batch. On a CPU it raises `FloatingPointError` where the
+    loss (before the backward pass) or an estimate is not finite.
+    """
+    loss, value, row, part = evaluate_part(run, index, draws)
+    finite = loss.detach().isfinite()
+    if run.device.type == "cpu" and not finite:
+        raise FloatingPointError(not_finite(run, f"the loss is {loss.item()}", run.done, index))
+    (loss * (1 / total)).backward()
+    if run.store is not None:
+        if "flips" in draws: row = images.flip(row, draws["flips"])
+        try: finite = finite & run.store.write(index, row).to(run.device)
+        except ValueError as e:
+            raise FloatingPointError(not_finite(run, f"an estimate cannot be stored ({e})", run.done, index)) from e
+    quarter = (part.t - 1) * 4 // run.config.T
+    run.sums[0].index_add_(0, quarter, value.double())
+    run.sums[1].index_add_(0, quarter, torch.ones_like(value, dtype=torch.float64))
+    return finite
+
+def sum_gradients(run: Run) -> None:
+    "Add up the ranks' gradients, in one message; a rank that had no sample in this batch sends zeros."
+    if run.world == 1: return
+    weights = [p for p in run.model.parameters() if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights])
+    flat = run.accelerator.reduce(flat, "sum")
+    for p, grad in zip(weights, flat.split([p.numel() for p in weights])): p.grad = grad.view_as(p)
 
 def last_good(run: Run) -> str:
     found = checkpoints(run.out / "checkpoints")
     return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been saved before"
 
-def not_finite(run: Run, what: str, index: torch.Tensor) -> str:
-    return f"{what} at step {run.done} (epoch {run.epoch}), for the samples {index.tolist()}; {last_good(run)}. Look at those images; a smaller lr or float32 may help"
+def not_finite(run: Run, what: str, step: int, index: torch.Tensor) -> str:
+    return (f"{what} at step {step} (epoch {step // run.steps_per_epoch}), for the samples {index.tolist()}; {last_good(run)}. "
+            "Look at those images; a smaller lr or float32 may help")
 
 # %% ../nbs/09_training.ipynb #09-training-047
 def step(run: Run) -> int:
@@ -460,34 +546,65 @@ def step(run: Run) -> int:
     c, shares = run.config, run.batch()
     mine, sizes = shares[run.rank], [len(s) for s in shares]
     start, total = sum(sizes[:run.rank]), sum(sizes)
-    draws = tuple(v[start:start + len(mine)] for f in (draw, draw_estimate) for v in f(c, run.done, total, run.device))
+    draws = {name: v[start:start + len(mine)] for name, v in draw(c, run.done, total, run.device).items()}
     seed = step_seed(c.seed, "dropout", run.done, run.rank)
-    torch.manual_seed(seed)
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
     for group in run.optimizer.param_groups: group["lr"] = learning_rate(c, run.done / run.steps)
-    size = c.micro_batch or max(len(mine), 1)
-    for i in range(0, len(mine), size):
-        more = i + size < len(mine)
-        with run.accelerator.no_sync(run.model) if more else contextlib.nullcontext():      # average the gradients once, with the last part
-            part = slice(i, i + size)
-            accumulate(run, mine[part], tuple(v[part] for v in draws), total, seed + i)
-    if not len(mine):
-        zeros = torch.zeros(1, *c.shape, device=run.device)
-        label = None if c.classes is None else torch.zeros(1, dtype=torch.long, device=run.device)
-        run.accelerator.backward(run.model(zeros, zeros, torch.ones(1, dtype=torch.long, device=run.device), label).sum() * 0)
+    finite = torch.ones((), dtype=torch.bool, device=run.device)
+    for i in range(0, len(mine), run.micro_batch):
+        part = slice(i, i + run.micro_batch)
+        set_dropout(run, seed + i)
+        finite = finite & accumulate(run, mine[part], {name: v[part] for name, v in draws.items()}, total)
+    sum_gradients(run)
     run.optimizer.step()
+    notice(run, finite, mine)
     run.done += 1
-    get_ema_multi_avg_fn(ema_decay(c, run.done))(list(run.ema.parameters()), list(run.bare.parameters()), None)
+    get_ema_multi_avg_fn(ema_decay(c, run.done))(list(run.ema.parameters()), list(run.model.parameters()), None)
     return total
+
+def set_dropout(run: Run, seed: int) -> None:
+    "Seed what a pass may draw: the network's dropout, and torch's generators for a network that has another."
+    torch.manual_seed(seed)
+    seed_dropout(run.model, seed)
+
+def notice(run: Run, finite: torch.Tensor, index: torch.Tensor) -> None:
+    """Look at what the step says: whether all was finite (else `FloatingPointError`), and whether a rank was told to stop (`run.stop`).
+
+    On a GPU a step late, when that step's work is done anyway; `notice_last` looks at what is still on its way. All ranks see the same.
+    """
+    if run.device.type == "cpu" and run.world == 1: return                       # `accumulate` has looked, `train` looks
+    flags = torch.stack([~finite, torch.full_like(finite, run.told)]).float()
+    if run.world > 1: flags = run.accelerator.reduce(flags, "sum")
+    before, run.coming = run.coming, (flags.to("cpu", non_blocking=True), queued(run.device), run.done, index)
+    if run.device.type == "cpu": before, run.coming = run.coming, None
+    read_flags(run, before)
+
+def read_flags(run: Run, coming) -> None:
+    if coming is None: return
+    flags, arrived, step, index = coming
+    arrived()
+    bad, stop = flags.tolist()
+    if bad: raise FloatingPointError(not_finite(run, "the loss or an estimate is not finite", step, index))
+    run.stop = run.stop or bool(stop)
+
+def notice_last(run: Run) -> None:
+    "Look at the flags that are still on their way."
+    coming, run.coming = run.coming, None
+    read_flags(run, coming)
 
 # %% ../nbs/09_training.ipynb #09-training-049
 def save(run: Run) -> None:
     """Write a checkpoint of all ranks. Nothing is lost where it fails, and the last good checkpoint is named:
 
-    `FloatingPointError` where the weights are not finite (a checkpoint of them could only fail again), `OSError` where the disk is full.
+    `FloatingPointError` where the weights, their average or Adam's moments are not finite (a checkpoint of them could only fail
+    again), `OSError` where the disk is full.
     """
-    if not all(p.isfinite().all() for p in run.bare.parameters()): raise FloatingPointError(f"the weights are not finite after step {run.done}; {last_good(run)}")
+    notice_last(run)
+    moments = [v for state in run.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    kept = [*run.model.parameters(), *run.ema.parameters(), *moments]
+    if not torch.stack([v.isfinite().all().to(run.device) for v in kept]).all():
+        raise FloatingPointError(f"the weights or their moments are not finite after step {run.done}; {last_good(run)}")
     folder = run.out / "checkpoints" / f".step-{run.done}"
     final = folder.with_name(f"step-{run.done}")
     if final.exists() and damage(final) is None: return
@@ -499,14 +616,15 @@ def save(run: Run) -> None:
         if run.store is not None: torch.save(run.store.state_dict(), folder / f"store-{run.rank}.pt")
         sums = run.accelerator.reduce(run.sums, "sum")
         if run.main:
-            save_file(run.bare.state_dict(), folder / "model.safetensors")
-            save_file(run.ema.state_dict(), folder / "ema.safetensors")
+            for name, model in (("model", run.model), ("ema", run.ema)):
+                save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / f"{name}.safetensors")
             torch.save(dict(optimizer=run.optimizer.state_dict(), done=run.done, sums=sums.cpu(), world=run.world, data=run.data.fingerprint), folder / "state.pt")
         run.accelerator.wait_for_everyone()
         if run.main: seal_checkpoint(folder)
-    except (OSError, RuntimeError, SafetensorError) as e:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as e:
         shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(f"the checkpoint of step {run.done} could not be written ({e}); {last_good(run)}. {size_text(shutil.disk_usage(run.out).free)} are free on the disk: free more and run again") from e
+        raise OSError(f"the checkpoint of step {run.done} could not be written ({e}); {last_good(run)}. "
+                      f"{size_text(shutil.disk_usage(run.out).free)} are free on the disk: free more and run again") from e
     run.accelerator.wait_for_everyone()
 
 # %% ../nbs/09_training.ipynb #09-training-050
@@ -520,7 +638,7 @@ def restore(run: Run) -> bool:
     state = torch.load(checkpoint / "state.pt", map_location=run.device, weights_only=True)
     if state["world"] != run.world: raise ValueError(f"{checkpoint} is of {state['world']} device(s), this is {run.world}: each owns its rows of the store; resume on as many")
     if state["data"] != run.data.fingerprint: raise ValueError(f"{checkpoint} was trained on other images than these of {run.data.name} (their fingerprints differ); give the same data, or another directory")
-    run.bare.load_state_dict(load_file(checkpoint / "model.safetensors"))
+    run.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     run.ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
     run.optimizer.load_state_dict(state["optimizer"])
     if run.store is not None: run.store.load_state_dict(torch.load(checkpoint / f"store-{run.rank}.pt", map_location="cpu", mmap=True, weights_only=True))
@@ -549,6 +667,7 @@ def log(run: Run, seconds: float, seen: int) -> dict:
     record = dict(step=run.done, epoch=round(run.done / run.steps_per_epoch, 4), loss=(loss.sum() / count.sum()).item(), loss_by_t=(loss / count.clamp(min=1)).tolist())
     if run.done % run.config.log_every: record["closing"] = True       # the run's last steps; if it is made longer, the line after counts them again
     else: run.sums.zero_()
+    if run.config.tracker: run.accelerator.log({"loss": record["loss"], "images_per_second": seen / seconds}, step=run.done)
     if run.main:
         for name, line in (("history", record), ("speed", dict(step=run.done, seconds=round(seconds, 3), images_per_second=round(seen / seconds, 2), memory=memory_in_use(run.device)))):
             with open(run.out / f"{name}.jsonl", "a") as f: f.write(json.dumps(line) + "\n")
@@ -580,35 +699,103 @@ def sample_grid(run: Run, steps=(1, 5), n: int = 32) -> None:
     except Exception as e: warnings.warn(f"no grid of samples at step {run.done:,} ({type(e).__name__}: {e}); the training goes on")
 
 # %% ../nbs/09_training.ipynb #09-training-055
-def seconds_per_image(run: Run, n: int = 32) -> float:
-    "Seconds of forward and backward for one image, measured on a copy of the network with a batch of at most n."
-    c, n = run.config, min(n, run.config.batch)
-    model = copy.deepcopy(run.ema).train().requires_grad_(True)
-    x0, label = run.data.get(torch.arange(n))
-    x0, t, half = x0.to(run.device), torch.full((n,), c.T, device=run.device), torch.full((n,), 0.5, device=run.device)
-    part = Part(x0, x0, t, torch.zeros_like(x0), x0, torch.arange(n, device=run.device) % 2 == 0, half, label.to(run.device) if c.classes is not None else None)
-    options = dict(estimate=estimate_of(c.objective, c.estimate), level_range=c.levels, rungs=c.rungs)
-    for _ in range(2):                                           # the first pass warms up
-        begin = time.perf_counter()
-        with run.accelerator.autocast(): d, *_ = OBJECTIVES[c.objective][0](model, run.d, run.bare.schedule, part, **options)
-        d.sum().backward()
-        if run.device.type == "cuda": torch.cuda.synchronize(run.device)
-    return (time.perf_counter() - begin) / n
+def trial(run: Run, n: int, compiled: bool | None = None) -> tuple[float, list[torch.Tensor]]:
+    "Seconds of one pass of n of this rank's samples, forward and backward, and the gradients; the run stays as it was."
+    index = torch.arange(run.rank, len(run.data), run.world)[:n]
+    draws = draw(run.config, 0, len(index), run.device)
+    run.model.train()
+    set_dropout(run, 0)
+    queued(run.device)()
+    begin = time.perf_counter()
+    loss = evaluate_part(run, index, draws, compiled)[0]
+    loss.backward()
+    queued(run.device)()
+    seconds = time.perf_counter() - begin
+    grads = [p.grad for p in run.model.parameters() if p.grad is not None]
+    run.model.zero_grad(set_to_none=True)
+    return seconds, grads
+
+def memory_of_trial(run: Run, n: int) -> int:
+    "Bytes that an eager pass of n samples takes on the GPU beside what is there."
+    torch.cuda.reset_peak_memory_stats(run.device)
+    before = torch.cuda.memory_allocated(run.device)
+    trial(run, n, compiled=False)
+    return torch.cuda.max_memory_allocated(run.device) - before
+
+def fitting_micro_batch(run: Run, free: int, compiled: bool) -> int:
+    """The largest of this rank's share, its half, its quarter … that fits into `free` bytes of the GPU.
+
+    Judged from passes of 8 and 16 samples. A compiled pass keeps less than an eager one; it is counted as 0.6 of it.
+    """
+    share = math.ceil(run.config.batch / run.world)
+    if share <= 16: return share
+    small, large = memory_of_trial(run, 8), memory_of_trial(run, 16)
+    each = max(1, (large - small) / 8) * (0.6 if compiled else 1.0)
+    size = share
+    while size > 16 and small + size * each > free: size = math.ceil(size / 2)
+    return size
+
+def compile_pass(device):
+    "`pass_value` as one graph of static shapes; on a GPU with the channels of a place side by side throughout."
+    torch.compiler.reset()                                       # a graph of an earlier run in this process would count as one of this run
+    options = {"force_layout_optimization": True} if device.type == "cuda" else None
+    return torch.compile(pass_value, fullgraph=True, dynamic=False, options=options)
+
+def as_good(run: Run, tolerance: float = 0.02) -> bool:
+    """Whether a compiled pass gives the eager pass's gradients, to a relative difference of `tolerance` (root mean square), and is faster.
+
+    What cannot be compared for want of memory counts as good: the compiled pass takes less.
+    """
+    trial(run, run.micro_batch)
+    compiled_seconds, compiled = trial(run, run.micro_batch)
+    try:
+        trial(run, run.micro_batch, compiled=False)
+        eager_seconds, eager = trial(run, run.micro_batch, compiled=False)
+    except torch.OutOfMemoryError: return True
+    norm = lambda grads: torch.stack(torch._foreach_norm(grads)).norm().item()
+    differ = norm(torch._foreach_sub(compiled, eager)) / max(norm(eager), 1e-30)
+    if differ <= tolerance and compiled_seconds <= eager_seconds: return True
+    warnings.warn(f"passes stay eager: compiled ones differ by {differ:.2g} in the gradient and take {compiled_seconds / eager_seconds:.2f} of the time")
+    return False
+
+def try_passes(run: Run) -> None:
+    "Choose the micro-batch and whether passes are compiled, where the configuration leaves that open."
+    c, cuda = run.config, run.device.type == "cuda"
+    run.model.schedule.tables(torch.zeros((), device=run.device))               # before a graph is made that reads them
+    seed_dropout(run.model, 0)
+    wants = cuda if c.compile is None else c.compile
+    if cuda and c.micro_batch is None:
+        spare = 4 * sum(p.numel() * p.element_size() for p in run.model.parameters())      # gradients, their sum, Adam's moments
+        run.micro_batch = fitting_micro_batch(run, int(0.85 * torch.cuda.mem_get_info(run.device)[0]) - spare, wants)
+    if not wants: return
+    run.compiled, run.compute = True, compile_pass(run.device)
+    if c.compile: return
+    try: good = as_good(run)
+    except Exception as e:
+        warnings.warn(f"passes stay eager: they cannot be compiled here ({type(e).__name__}: {str(e)[:200]})")
+        good = False
+    if not good: run.compiled, run.compute = False, pass_value
 
 def describe(run: Run) -> str:
     "Parameters, memory and time of the run, in a few lines."
-    c, weights = run.config, sum(p.numel() * p.element_size() for p in run.bare.parameters())
-    left = (c.epochs - run.done / run.steps_per_epoch) * len(run.data) / run.world
-    lines = [f"{'resumes' if run.resumed else 'starts'} at step {run.done:,} of {run.steps:,}: {c.epochs} epochs of {len(run.data):,} images of {run.data.name}, batch {c.batch}, {run.world} x {run.device.type}",
-             f"network     {weights / 4e6:.2f} M parameters; with gradients, Adam's moments and the average {size_text(5 * weights)}",
-             f"store       {f'{size_text(run.store.nbytes)} as {c.store_dtype} in ' + ('a file' if c.store_path else 'memory') if run.store is not None else f'none, the objective {c.objective} reads no estimates of earlier epochs'}; images {size_text(len(run.data) * math.prod(c.shape))}",
-             f"checkpoint  {size_text(checkpoint_bytes(run))}, the last two are kept",
-             f"time        about {left * seconds_per_image(run) / 60:.3g} minutes left, from a trial on {min(32, c.batch)} images"]
-    return "\n".join(lines)
+    c, weights = run.config, sum(p.numel() * p.element_size() for p in run.model.parameters())
+    left, n = (c.epochs - run.done / run.steps_per_epoch) * len(run.data) / run.world, min(run.micro_batch, len(run.data) // run.world)
+    trial(run, n)                                                # the first pass warms up
+    hours = left * trial(run, n)[0] / n / 3600
+    store = f"none, the objective {c.objective} reads no estimates of earlier epochs"
+    if run.store is not None: store = f"{size_text(run.store.nbytes)} as {c.store_dtype} in {'a file' if c.store_path else 'memory'}"
+    return "\n".join([
+        f"{'resumes' if run.resumed else 'starts'} at step {run.done:,} of {run.steps:,}: {c.epochs} epochs of {len(run.data):,} images of "
+        f"{run.data.name}, batch {c.batch}, {run.world} x {run.device.type}",
+        f"network     {weights / 4e6:.2f} M parameters; with gradients, Adam's moments and the average {size_text(5 * weights)}",
+        f"store       {store}; images {size_text(len(run.data) * math.prod(c.shape))}",
+        f"checkpoint  {size_text(checkpoint_bytes(run))}, the last two are kept",
+        f"passes      {'compiled' if run.compiled else 'eager'}, of up to {run.micro_batch} images, {str(run.dtype).removeprefix('torch.')}",
+        f"time        about {f'{60 * hours:.3g} minutes' if hours < 2 else f'{hours:.3g} hours'} left, from a trial"])
 
 def checkpoint_bytes(run: Run) -> int:
     "Bytes of one checkpoint: weights, average, Adam's two moments, store."
-    return 4 * sum(p.numel() * p.element_size() for p in run.bare.parameters()) + (0 if run.store is None else run.store.nbytes * run.world)
+    return 4 * sum(p.numel() * p.element_size() for p in run.model.parameters()) + (0 if run.store is None else run.store.nbytes * run.world)
 
 def size_text(n: float) -> str:
     "Bytes in decimal units."
@@ -632,11 +819,6 @@ def stop_signals():
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-def any_rank(run: Run, received: list) -> bool:
-    "Whether any rank got a signal: they must stop at the same step."
-    if run.world == 1: return bool(received)
-    return bool(run.accelerator.reduce(torch.tensor(float(bool(received)), device=run.device), "sum") > 0)
-
 # %% ../nbs/09_training.ipynb #09-training-058
 def train(config: TrainConfig, out, resume: bool = True, callback=None, progress: bool = True) -> Path:
     """Train `config` by algorithm 1 in the directory `out`; returns it when the run is finished.
@@ -648,7 +830,7 @@ def train(config: TrainConfig, out, resume: bool = True, callback=None, progress
     raises `KeyboardInterrupt` or `SystemExit`. The caller's random state is left as it was.
     """
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(gpus), contextlib.ExitStack() as stack:
+    with torch.random.fork_rng(gpus), tf32(), contextlib.ExitStack() as stack:
         run = Run(config, out, resume, stack)
         if run.main:
             check_disk(run.out, 3 * checkpoint_bytes(run))
@@ -658,9 +840,10 @@ def train(config: TrainConfig, out, resume: bool = True, callback=None, progress
         if run.resumed and grid_due(run): sample_grid(run)                            # a kill came between the checkpoint and its grid
         begin, seen = time.perf_counter(), 0
         while run.done < run.steps:
+            run.told = bool(received)
             seen += step(run)
             bar.update()
-            last, stop = run.done == run.steps, any_rank(run, received)
+            last, stop = run.done == run.steps, run.stop or (run.world == 1 and bool(received))
             if run.done % config.log_every == 0 or last:
                 record, rate = log(run, time.perf_counter() - begin, seen), seen / (time.perf_counter() - begin)
                 bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s, {size_text(memory_in_use(run.device))}")
@@ -669,6 +852,7 @@ def train(config: TrainConfig, out, resume: bool = True, callback=None, progress
             if last or stop or run.done % config.checkpoint_every == 0: save(run)
             if grid_due(run): sample_grid(run)
             if stop and not last: leave(run, received)
+        if config.tracker: run.accelerator.end_training()
     return run.out
 
 def leave(run: Run, received: list) -> None:

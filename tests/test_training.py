@@ -399,10 +399,10 @@ def test_the_rate_falls_over_the_last_share(tmp_path):
 
 def test_levels_are_drawn_evenly():
     "u: one in each n-th of (0, 1), in an order that changes, so a batch meets every noise level; different steps differ."
-    config = TrainConfig(**TINY)
-    a, b = (training.draw_estimate(config, step, 50)[2] for step in (3, 4))
+    config = TrainConfig(**{**TINY, "objective": "consistency"})
+    a, b = (training.draw(config, step, 50)["u"] for step in (3, 4))
     for u in (a, b): assert torch.equal((u * 50).floor().sort().values, torch.arange(50.0)) and not torch.equal(u, u.sort().values)
-    assert not torch.equal(a, b) and torch.equal(a, training.draw_estimate(config, 3, 50)[2])
+    assert not torch.equal(a, b) and torch.equal(a, training.draw(config, 3, 50)["u"])
 
 
 def test_drop_last_leaves_out_the_smaller_batch_and_nothing_else(tmp_path):
