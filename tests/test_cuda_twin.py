@@ -143,12 +143,12 @@ SYNCS = {  # what is called with x [4] float and mask [4] on the device and c [4
     "repeats": (lambda x, mask, c: x.repeat_interleave(mask.long()), ["repeat_interleave"], []),
     "repeats of known size": (lambda x, mask, c: x.repeat_interleave(mask.long(), output_size=3), [], []),
     "mask index": (lambda x, mask, c: x[mask], ["mask index"], []),
-    "mask index of a value": (lambda x, mask, c: x.__setitem__(mask, x[:3]), ["mask index"], []),
+    "mask index of a value": (lambda x, mask, c: x.__setitem__(mask, x[:3] * 2), ["mask index"], []),
     "mask index of a number": (lambda x, mask, c: x.__setitem__(mask, 0.0), [], []),
     "masked_fill": (lambda x, mask, c: x.masked_fill(mask, 0.0), [], []),
     "index": (lambda x, mask, c: x[x.long()], [], []),
     "CPU index": (lambda x, mask, c: x[c.long()], ["index copy"], ["host to device"]),
-    "CPU index of a value": (lambda x, mask, c: x.__setitem__(c.long(), x), ["index copy"], ["host to device"]),
+    "CPU index of a value": (lambda x, mask, c: x.__setitem__(c.long(), x * 2), ["index copy"], ["host to device"]),
     "to the host": (lambda x, mask, c: x.cpu(), ["device to host"], ["device to host"]),
     "copy to the host": (lambda x, mask, c: c.copy_(x), ["device to host"], ["device to host"]),
     "to the host, not waiting": (lambda x, mask, c: x.to("cpu", non_blocking=True), [], ["device to host"]),
@@ -233,9 +233,10 @@ def test_checkpoints_come_back_on_the_device_that_is_asked_for(tmp_path, where):
         other.load_state_dict(state["model"])
         again.load_state_dict(state["optimizer"])
         for net, adam in ((model, optimizer), (other, again)):
+            adam.zero_grad()
             net(torch.ones(1, 3, device="cuda")).square().sum().backward()
             adam.step()
-        assert torch.equal(model.weight - model.weight.grad, other.weight - model.weight.grad)
+        assert torch.equal(model.weight, other.weight)
     with pytest.raises(RuntimeError, match="map_location"): torch.load(tmp_path / "state.pt", weights_only=True)     # as a machine without CUDA says
 
 
@@ -244,7 +245,7 @@ def test_safetensors_writes_and_reads(tmp_path):
         x = torch.arange(6.0).to("cuda").reshape(2, 3)
         safetensors.torch.save_file({"x": x}, tmp_path / "x.safetensors")
         assert safetensors.torch.load_file(tmp_path / "x.safetensors")["x"].device.type == "cpu"
-        assert torch.equal(safetensors.torch.load_file(tmp_path / "x.safetensors", device="cuda")["x"], x)
+        assert torch.equal(safetensors.torch.load_file(tmp_path / "x.safetensors", device="cuda")["x"].cpu(), x.cpu())
         with pytest.raises(ValueError, match="contiguous"): safetensors.torch.save_file({"x": x.T}, tmp_path / "x.safetensors")
         with pytest.raises(RuntimeError, match="share memory"): safetensors.torch.save_file({"x": x, "y": x.view(6)}, tmp_path / "x.safetensors")
 
