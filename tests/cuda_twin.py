@@ -70,11 +70,10 @@ class Record:
         if blocking:
             self.sync(direction)
 
-    def table(self) -> str:
-        "The syncs as text, the most frequent first: for a failing assertion's message."
-        return "\n".join(
-            f"{count:5d} x {kind:15s} {where}" for (kind, where), count in self.syncs.most_common()
-        )
+
+def table(syncs: Counter) -> str:
+    "The syncs of a record as text, the most frequent first."
+    return "\n".join(f"{count:5d} x {kind:15s} {where}" for (kind, where), count in syncs.most_common())
 
 
 def place() -> str:
@@ -227,14 +226,18 @@ def wrap(x):
 
 # ---- operations, below autograd
 
-SYNCING = frozenset("""
+SYNCING = frozenset(
+    """
     nonzero masked_select _unique _unique2 unique_dim unique_consecutive equal bincount _linalg_eigh
     _linalg_svd _linalg_check_errors
-""".split())
+""".split()
+)
 # a 0-dim CPU tensor mixes with elementwise operations alone
-NO_SCALARS = frozenset("""
+NO_SCALARS = frozenset(
+    """
     cat stack index_select gather scatter embedding mm bmm addmm searchsorted
-""".split())
+""".split()
+)
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 FREE = {"lift_fresh", "_pin_memory", "is_pinned"}
 
@@ -371,17 +374,21 @@ class Operations(TorchDispatchMode):
 
 # What CUDA's autocast runs in the lower precision, in float32, and in the widest type among the inputs:
 # https://docs.pytorch.org/docs/stable/amp.html
-LOWER = frozenset("""
+LOWER = frozenset(
+    """
     conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul __matmul__
     __rmatmul__ mm mv bmm addmm addmv addbmm baddbmm chain_matmul multi_dot einsum
     scaled_dot_product_attention prelu
-""".split())
-FLOAT32 = frozenset("""
+""".split()
+)
+FLOAT32 = frozenset(
+    """
     __pow__ __rpow__ pow __rdiv__ __rtruediv__ acos asin cosh sinh tan erfinv exp expm1 log log2
     log10 log1p reciprocal rsqrt cumsum cumprod sum prod norm dist cdist renorm layer_norm
     group_norm softmax softmin log_softmax softplus cosine_similarity mse_loss l1_loss
     smooth_l1_loss cross_entropy nll_loss kl_div binary_cross_entropy_with_logits normalize
-""".split())
+""".split()
+)
 WIDEST = {"addcmul", "addcdiv", "cross", "dot", "tensordot", "grid_sample", "scatter_add", "stack", "cat"}
 
 

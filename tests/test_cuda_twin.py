@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
-from cuda_twin import CUDA, Twin, cuda_twin
+from cuda_twin import CUDA, Twin, cuda_twin, table
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -28,17 +28,17 @@ from dddm.unet import UNet
 
 # The most times that the host may wait for the device in one training step of two micro-batches.
 MOST_SYNCS = {
-    ("paper", "store"): 99,
-    ("paper", "noise"): 99,
-    ("paper", "truth"): 99,
-    ("paper", "shuffled"): 99,
-    ("paper", "self"): 99,
-    ("published_code", "store"): 99,
-    ("consistency", "self"): 99,
-    ("consistency", "noise"): 99,
-    ("consistency", "store"): 99,
-    ("improved_consistency", "none"): 99,
-    ("regression", "none"): 99,
+    ("paper", "store"): 20,
+    ("paper", "noise"): 8,
+    ("paper", "truth"): 8,
+    ("paper", "shuffled"): 20,
+    ("paper", "self"): 18,
+    ("published_code", "store"): 20,
+    ("consistency", "self"): 56,
+    ("consistency", "noise"): 28,
+    ("consistency", "store"): 40,
+    ("improved_consistency", "none"): 28,
+    ("regression", "none"): 12,
 }
 
 
@@ -244,7 +244,7 @@ def test_a_sync_names_the_line_of_the_library():
     with cuda_twin() as record:
         x, t = torch.zeros(2, 1, 8, 8, device="cuda"), torch.ones(2, dtype=torch.long, device="cuda")
         x.sum().item()
-        assert record.syncs == {("item", "outside"): 1} and "outside" in record.table()
+        assert record.syncs == {("item", "outside"): 1} and "outside" in table(record.syncs)
         record.reset()
         assert not record.syncs and not record.transfers
         x.requires_grad_()
@@ -435,36 +435,33 @@ def few_images(monkeypatch, few_digits):
     monkeypatch.setattr(data, "digits", lambda: few_digits)
 
 
+TINY = dict(
+    net=ONE_STAGE,
+    batch=12,
+    micro_batch=6,
+    epochs=3,
+    flip=True,
+    log_every=1,
+    checkpoint_every=100,
+    sample_every=0,
+    precision="float32",
+)
+
+
 def tiny(**fields):
     "Two steps an epoch, of two micro-batches each; the last step is smaller."
-    return presets.preset(
-        "digits",
-        **{
-            **dict(
-                net=ONE_STAGE,
-                batch=12,
-                micro_batch=6,
-                epochs=3,
-                flip=True,
-                log_every=1,
-                checkpoint_every=100,
-                sample_every=0,
-                precision="float32",
-            ),
-            **fields,
-        },
-    )
+    return presets.preset("digits", **{**TINY, **fields})
 
 
-def steps(run, number: int, record=None) -> tuple[list, int]:
-    "The losses of so many steps, and the most syncs of one of them."
-    losses, most = [], 0
+def steps(run, number: int, record=None) -> tuple[list, Counter]:
+    "The losses of so many steps, and the syncs of the step that has most."
+    losses, most = [], Counter()
     for _ in range(number):
         if record is not None:
             record.reset()
         training.step(run)
         if record is not None:
-            most = max(most, sum(record.syncs.values()))
+            most = max(most, record.syncs.copy(), key=Counter.total)
         losses.append(training.log(run, 1.0, 12)["loss"])
     return losses, most
 
@@ -483,35 +480,31 @@ def test_the_table_names_every_objective_and_estimate():
 
 
 @pytest.mark.parametrize("objective, estimate, classes", CASES)
-def test_training_on_the_device(objective, estimate, classes, few_images, tmp_path, record_property):
-    fields = dict(
-        objective=objective,
-        estimate=None if objectives.OBJECTIVES[objective][1] == estimate else estimate,
-        classes=classes,
-    )
+def test_training_on_the_device(objective, estimate, classes, few_images, tmp_path):
+    usual = objectives.OBJECTIVES[objective][1] == estimate
+    fields = dict(objective=objective, estimate=None if usual else estimate, classes=classes)
     wanted, _ = steps(training.Run(tiny(device="cpu", **fields), tmp_path / "cpu"), 3)
     with cuda_twin() as record:
         run = training.Run(tiny(**fields), tmp_path / "cuda")
-        assert (
-            run.device.type == "cuda"
-            and all(p.device == CUDA for p in run.bare.parameters())
-            and run.data.pixels.device == CUDA
-        )
+        assert run.device.type == "cuda" and run.data.pixels.device == CUDA
+        assert all(p.device == CUDA for p in run.bare.parameters())
         losses, most = steps(run, 2, record)
         training.save(run)
-        last, most_last = steps(run, 1, record)  # in the second epoch
+        last, most_later = steps(run, 1, record)  # in the second epoch
         assert losses + last == pytest.approx(wanted, rel=1e-4)
         assert all(v.isfinite().all() for v in weights(run.bare).values())
-        record_property("syncs", max(most, most_last))
-        assert max(most, most_last) <= MOST_SYNCS[objective, estimate], "\n" + record.table()
-        if classes is None:
-            return  # what follows once for each objective and estimate
+        most = max(most, most_later, key=Counter.total)
+        print(f"{most.total()} syncs in a step:\n{table(most)}")
+        assert most.total() <= MOST_SYNCS[objective, estimate]
+        if classes is None:  # what follows once for each objective and estimate
+            return
         again = training.Run(tiny(**fields), tmp_path / "cuda")
         assert again.resumed and again.done == 2
         assert steps(again, 1)[0] == last
         for name, value in weights(run.bare).items():
             assert torch.equal(weights(again.bare)[name], value), name
-        check_samples(again)
+        if usual:
+            check_samples(again)
 
 
 def check_samples(run) -> None:
