@@ -193,16 +193,18 @@ def is_device(device) -> bool:
     return (device if isinstance(device, torch.device) else torch.device(device)).type in ("cuda", "meta")
 
 
-def leaves(x):
-    "What lists, tuples and dicts hold, one after another; faster than torch's own, which knows more kinds."
-    if isinstance(x, (list, tuple)):
+def tensors_in(x, found: list | None = None) -> list:
+    "The tensors in lists, tuples and dicts; faster than torch's own search, which knows more kinds."
+    found = [] if found is None else found
+    if isinstance(x, torch.Tensor):
+        found.append(x)
+    elif isinstance(x, (list, tuple)):
         for item in x:
-            yield from leaves(item)
+            tensors_in(item, found)
     elif isinstance(x, dict):
         for item in x.values():
-            yield from leaves(item)
-    else:
-        yield x
+            tensors_in(item, found)
+    return found
 
 
 def change(f, x):
@@ -325,7 +327,7 @@ def check(record: Record, about, args, kwargs, device_tensors, cpu_tensors) -> N
 def run(record: Record, func, args, kwargs):
     "An operation that touches the device: checked, counted, run on the values, its results wrapped."
     about = facts(func)
-    tensors = [x for x in leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = tensors_in((args, kwargs))
     device_tensors = [x for x in tensors if isinstance(x, Twin)]
     cpu_tensors = [x for x in tensors if not isinstance(x, Twin)]
     check(record, about, args, kwargs, device_tensors, cpu_tensors)
@@ -403,7 +405,7 @@ def autocast(name: str, args, kwargs):
     elif name in FLOAT32:
         dtype = torch.float32
     elif name in WIDEST:
-        found = {x.dtype for x in leaves((args, kwargs)) if casts(x)}
+        found = {x.dtype for x in tensors_in((args, kwargs)) if casts(x)}
         if len(found) < 2:
             return args, kwargs
         dtype = torch.float32
