@@ -142,7 +142,7 @@ def spaced(T: int, beta_min: float, beta_max: float, n: int, rho: float | None, 
     "`levels`, and their noise over signal, on `device`, made once for each."
     schedule = VPSchedule(T, beta_min, beta_max)
     times = levels(schedule, n, rho)
-    return times.to(device), sigma(schedule)[times].to(device)
+    return to_device(times, device), to_device(sigma(schedule)[times], device)
 
 def ladder(T: int, beta_min: float, beta_max: float, n: int, rungs: str = "lognormal", progress: float = 0.0,
            device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
