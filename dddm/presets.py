@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADM_CIFAR', 'CIFAR10', 'ADM_IMAGENET', 'IMAGENET64', 'DIGITS', 'CIFAR10_SMALL', 'REPAIR', 'FEW_STEPS',
-           'DIGITS_CONSISTENCY', 'CIFAR10_SMALL_CONSISTENCY', 'CIFAR10_CONSISTENCY', 'PRESETS', 'repaired', 'deeper',
-           'preset', 'main']
+           'DIGITS_CONSISTENCY', 'CIFAR10_SMALL_CONSISTENCY', 'CIFAR10_CONSISTENCY', 'TEN_MINUTES',
+           'CIFAR10_TEN_MINUTES', 'PRESETS', 'repaired', 'deeper', 'preset', 'main']
 
 # %% ../nbs/11_presets.ipynb #11-presets-002
 import argparse
@@ -20,12 +20,12 @@ from .training import TrainConfig
 # %% ../nbs/11_presets.ipynb #11-presets-005
 ADM_CIFAR = dict(base=128, multipliers=(1, 2, 2, 2), blocks=3, dropout=0.3, attention=(16, 8), estimate=(16, 8))
 CIFAR10 = dict(data="cifar10", shape=(3, 32, 32), net=ADM_CIFAR, distance="pseudo_lpips", c=pseudo_huber_c((3, 32, 32)), T=1000, epochs=1000,
-               batch=1024, lr=2e-4, ema=0.9999, ema_warmup=False, store_dtype="float32", micro_batch=128, log_every=50, checkpoint_every=1000, sample_every=1000)
+               batch=1024, lr=2e-4, ema=0.9999, ema_warmup=False, store_dtype="float32", log_every=50, checkpoint_every=1000, sample_every=1000)
 
 # %% ../nbs/11_presets.ipynb #11-presets-007
 ADM_IMAGENET = dict(base=192, multipliers=(1, 2, 3, 4), blocks=3, dropout=0.0, attention=(16, 8), estimate=(16, 8))
 IMAGENET64 = dict(data="imagenet64", shape=(3, 64, 64), classes=1000, net=ADM_IMAGENET, distance="pseudo_lpips", c=pseudo_huber_c((3, 64, 64)), T=1000,
-                  epochs=520, batch=1024, lr=1e-4, ema=0.9999, ema_warmup=False, store_dtype="float16", micro_batch=32, log_every=50, checkpoint_every=2500, sample_every=2500)
+                  epochs=520, batch=1024, lr=1e-4, ema=0.9999, ema_warmup=False, store_dtype="float16", log_every=50, checkpoint_every=2500, sample_every=2500)
 
 # %% ../nbs/11_presets.ipynb #11-presets-009
 DIGITS = dict(data="digits", shape=(1, 8, 8), net=dict(base=32, multipliers=(1, 1), blocks=1, dropout=0.0, attention=(4,), estimate=(8, 4)), distance="pseudo_huber",
@@ -50,6 +50,9 @@ def repaired(fields: dict, few_steps: bool = False) -> dict:
 DIGITS_CONSISTENCY = {**repaired(DIGITS), "classes": 10, "epochs": 75, "ema": 0.95, "net": {**DIGITS["net"], "base": 16, "multipliers": (1, 2)}}
 CIFAR10_SMALL_CONSISTENCY = repaired(CIFAR10_SMALL)
 CIFAR10_CONSISTENCY = {**repaired(CIFAR10), "lr": CIFAR10["lr"], "levels": (10, 640)}
+TEN_MINUTES = dict(net=dict(base=96, multipliers=(1, 2, 2), blocks=2, dropout=0.1, attention=(16, 8), estimate=(16, 8)), epochs=40,
+                   batch=512, levels=(10, 160), lr=3e-4, ema=0.999, ema_warmup=True)
+CIFAR10_TEN_MINUTES = {**repaired(CIFAR10), **TEN_MINUTES}
 
 # %% ../nbs/11_presets.ipynb #11-presets-013
 def deeper(fields: dict) -> dict:
@@ -59,7 +62,8 @@ def deeper(fields: dict) -> dict:
 PRESETS = {"digits": DIGITS, "cifar10-small": CIFAR10_SMALL, "cifar10": CIFAR10,
            **{f"cifar10-T{T}": {**CIFAR10, "T": T, "epochs": T} for T in (2000, 4000, 8000)},
            "cifar10-deep": deeper(CIFAR10), "imagenet64": IMAGENET64, "imagenet64-deep": deeper(IMAGENET64),
-           "digits-consistency": DIGITS_CONSISTENCY, "cifar10-small-consistency": CIFAR10_SMALL_CONSISTENCY, "cifar10-consistency": CIFAR10_CONSISTENCY}
+           "digits-consistency": DIGITS_CONSISTENCY, "cifar10-small-consistency": CIFAR10_SMALL_CONSISTENCY, "cifar10-consistency": CIFAR10_CONSISTENCY,
+           "cifar10-ten-minutes": CIFAR10_TEN_MINUTES}
 PRESETS |= {name.replace("consistency", "few-steps"): {**fields, **FEW_STEPS} for name, fields in PRESETS.items() if name.endswith("-consistency")}
 
 # %% ../nbs/11_presets.ipynb #11-presets-014

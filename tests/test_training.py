@@ -423,3 +423,23 @@ def test_a_distance_that_has_not_seen_imagenet_trains(tmp_path):
     losses = [r["loss"] for r in history(tmp_path / "run")]
     assert len(losses) and all(math.isfinite(v) and v > 0 for v in losses)
     with pytest.raises(ValueError, match="digts"): training.open_distance(TrainConfig(**{**fields, "distance_options": dict(features="digts")}))
+
+
+@pytest.mark.slow
+def test_the_slurm_script_saves_and_queues_again(tmp_path, root):
+    "The script of the notebook, on two ranks: SIGTERM, as SLURM sends it, leaves a checkpoint and a job in the queue."
+    text = next(c["source"] for c in json.loads((root / "nbs" / "09_training.ipynb").read_text())["cells"] if "#SBATCH" in "".join(c["source"]))
+    script = "".join(text).split("```bash\n")[1].split("```")[0].replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+    script = script.replace("--nproc_per_node 8", "--nproc_per_node 2").replace("cifar10.json", "c.json").replace("runs/cifar10", "run")
+    (tmp_path / "c.json").write_text(json.dumps(TrainConfig(**{**TINY, "epochs": 10_000}).to_dict()))
+    (tmp_path / "job.sh").write_text(script)
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\necho $@ > {tmp_path}/queue\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "run" / "history.jsonl").exists() and time.monotonic() < deadline: time.sleep(0.5)
+    job.send_signal(signal.SIGTERM)
+    job.wait(timeout=120)
+    assert (tmp_path / "queue").read_text().split() == ["requeue", "7"]
+    assert newest_checkpoint(tmp_path / "run") is not None
