@@ -542,7 +542,8 @@ def end_points(mixture, trajectory: Trajectory) -> torch.Tensor:
     schedule = trajectory.model.schedule
     return mixture.flow(trajectory.x_T, schedule.T, schedule, tol=1e-6).float()
 
-def mixture_figure(mixture, trajectory: Trajectory, step: int | None = None, ends: torch.Tensor | None = None):
+def mixture_figure(mixture, trajectory: Trajectory, step: int | None = None,
+                   ends: torch.Tensor | None = None):
     """Iterates at `step` (None: none) over the modes and the exact end points, and the curves, as a `page`.
 
     trajectory: of points (dtype float32). ends: `end_points`, where they are known.
