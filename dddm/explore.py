@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'WEIGHTS', 'SHIPPED', 'LONGEST', 'BLUE', 'ORANGE', 'GREEN', 'VERMILION', 'GREY', 'STYLE', 'RUNNING',
            'IN_WORDS', 'FORMS', 'export_model', 'about_model', 'read_model', 'shipped_file', 'shipped', 'shipped_model',
-           'run_directories', 'open_model', 'log_steps', 'shown_steps', 'Trajectory', 'Canvas', 'mark', 'png', 'Page',
+           'run_directories', 'open_model', 'log_steps', 'shown_steps', 'Trajectory', 'Canvas', 'mark', 'png', 'page',
            'picture', 'check_images', 'real_spacing', 'frechet_distances', 'curves', 'draw_curves', 'curves_figure',
            'steps_figure', 'Explorer', 'number', 'choice', 'put', 'step_slider', 'stop_all', 'StepExplorer',
            'check_points', 'end_points', 'mixture_figure', 'mixture_marks', 'MixtureExplorer', 'value_and_gradient',
@@ -27,13 +27,9 @@ from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
 
-import ipywidgets as widgets
-import matplotlib
 import numpy as np
 import torch
 from fastcore.basics import patch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from safetensors.torch import load_file, save
@@ -217,9 +213,11 @@ BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00
 
 class Canvas:
     "A matplotlib figure that is drawn once; marks in data coordinates are then laid over a copy of its pixels."
-    def __init__(self, figure: Figure):
+    def __init__(self, figure):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         canvas = FigureCanvasAgg(figure)
-        canvas.draw(); canvas.draw()                      # the layout settles with the second
+        canvas.draw()
+        canvas.draw()                      # the layout settles with the second
         self.pixels, self.axes = np.asarray(canvas.buffer_rgba())[..., :3].copy(), figure.axes
 
     def marked(self, vertical=(), points=(), lines=()) -> Image.Image:
@@ -240,11 +238,17 @@ class Canvas:
         draw(ImageDraw.Draw(mask), [tuple(v) for v in p.tolist()])
         image.paste(colour, (left, height - top), mask.reduce(3))
 
-def mark(figure: Figure, vertical=(), points=(), lines=()) -> Figure:
-    "Draw marks by matplotlib: vertical lines [(panel, x)], points and lines [(panel, xy [N, 2], colour)]; panel: a number in figure.axes."
-    for panel, xy, colour in lines: figure.axes[panel].plot(*np.asarray(xy).T, color=colour, lw=2)
-    for panel, xy, colour in points: figure.axes[panel].plot(*np.asarray(xy).T, ".", color=colour, ms=5)
-    for panel, x in vertical: figure.axes[panel].axvline(x, color=VERMILION, lw=1.5)
+def mark(figure, vertical=(), points=(), lines=()):
+    """Draw marks on a matplotlib figure, and return it.
+
+    vertical: lines [(panel, x)]; points, lines: [(panel, xy [N, 2], colour)]; panel: a number in figure.axes.
+    """
+    for panel, xy, colour in lines:
+        figure.axes[panel].plot(*np.asarray(xy).T, color=colour, lw=2)
+    for panel, xy, colour in points:
+        figure.axes[panel].plot(*np.asarray(xy).T, ".", color=colour, ms=5)
+    for panel, x in vertical:
+        figure.axes[panel].axvline(x, color=VERMILION, lw=1.5)
     return figure
 
 # %% ../nbs/12_explore.ipynb #12-explore-022
@@ -254,9 +258,15 @@ def png(pixels, level: int = 1) -> bytes:
     image.save(out, "png", compress_level=level)
     return out.getvalue()
 
-class Page(Figure):
-    "A matplotlib `Figure` that a notebook shows as a picture also where pyplot is not in use."
-    def _repr_png_(self): return png(Image.fromarray(Canvas(self).pixels).quantize(128, Image.Quantize.MAXCOVERAGE), 9)       # 128 colours, a third of the bytes
+def page(width: float, height: float):
+    "A matplotlib `Figure`, `width` by `height` inches, that a notebook shows also without pyplot."
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), dpi=80, layout="constrained")
+    def as_png() -> bytes:
+        pixels = Image.fromarray(Canvas(figure).pixels)
+        return png(pixels.quantize(128, Image.Quantize.MAXCOVERAGE), 9)    # 128 colours, a third of the bytes
+    figure._repr_png_ = as_png
+    return figure
 
 def picture(trajectory: Trajectory, step: int, width: int = 620) -> np.ndarray:
     "The images at `step` as one picture, about `width` pixels wide: uint8 [height, width, 3]."
@@ -301,35 +311,53 @@ def draw_curves(axes, found: dict) -> None:
         else: ax.set_yscale("log")
         ax.set_title(title, fontsize=10); ax.grid(alpha=0.3)
 
-def curves_figure(found: dict) -> Figure:
-    "`curves` side by side."
-    figure = Figure(figsize=(7.75, 2.3), dpi=80, layout="constrained")
+def curves_figure(found: dict):
+    "`curves` side by side, a matplotlib figure."
+    figure = page(7.75, 2.3)
     draw_curves(figure.subplots(1, len(found), squeeze=False)[0], found)
     return figure
 
 # %% ../nbs/12_explore.ipynb #12-explore-027
-def steps_figure(trajectory: Trajectory, steps=None, data: Images | None = None) -> Page:
-    "The first 16 images at each of `steps`, and `curves` below: what `StepExplorer` shows, on one page. steps: None for those of 1, 2, 5, 20, 100 and 1000 that there are. Raises `ValueError` for steps that are not kept."
+def steps_figure(trajectory: Trajectory, steps=None, data: Images | None = None):
+    """The first 16 images at each of `steps`, and `curves` below: what `StepExplorer` shows, as a `page`.
+
+    steps: None for those of 1, 2, 5, 20, 100 and 1000 that there are. `ValueError` for others than kept ones.
+    """
     check_images(trajectory.model, data)
-    steps = [s for s in (1, 2, 5, 20, 100, 1000) if s in trajectory.kept()] if steps is None else steps
+    if steps is None: steps = [s for s in (1, 2, 5, 20, 100, 1000) if s in trajectory.kept()]
     rows, found = [trajectory.samples(s)[:16] for s in steps], curves(trajectory, data)
-    figure = Page(figsize=(8, 0.62 * len(rows) + 2.4), dpi=80, layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(0.62 * len(rows), 2.4))
+    heights = 0.62 * len(rows), 2.4
+    figure = page(8, sum(heights))
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
     for ax, x, s in zip(top.subplots(len(rows), 1, squeeze=False)[:, 0], rows, steps):
         ax.imshow(grid(x, len(x)))
-        ax.set(xticks=[], yticks=[]); ax.set_ylabel(f"{s:,}", rotation=0, ha="right", va="center")
+        ax.set(xticks=[], yticks=[])
+        ax.set_ylabel(f"{s:,}", rotation=0, ha="right", va="center")
     top.supylabel("steps", fontsize=10)
     draw_curves(bottom.subplots(1, len(found), squeeze=False)[0], found)
     return figure
 
 # %% ../nbs/12_explore.ipynb #12-explore-029
-class Explorer(widgets.VBox):
-    "What the widgets share: a line of text, `message`, that says what is shown or what is wrong."
-    def __init__(self):
-        self.message = widgets.HTML()
-        super().__init__()
+class Explorer:
+    """What the explorers share: `box`, the ipywidgets that a notebook shows, and in it `message`.
 
-    def __repr__(self): return f"{type(self).__name__}: run this cell in JupyterLab to get the sliders"        # what is left of it on a page that runs no code
+    `message` is a line of text that says what is shown or what is wrong.
+    """
+    def __init__(self):
+        import ipywidgets as widgets
+        self.message, self.box = widgets.HTML(), widgets.VBox()
+
+    def __repr__(self):
+        "What is left of it on a page that runs no code."
+        return f"{type(self).__name__}: run this cell in JupyterLab to get the sliders"
+
+    def _repr_mimebundle_(self, **options) -> dict:
+        "What Jupyter shows: the box."
+        return self.box._repr_mimebundle_(**options) | {"text/plain": repr(self)}
+
+    def close(self) -> None:
+        "Take the box off the page."
+        self.box.close()
 
     def tell(self, text: str, wrong: bool = False) -> None:
         look = 'role="alert" class="dddm-wrong" style="color:#B00020' if wrong else 'role="status" class="dddm-message" style="color:inherit'
@@ -340,18 +368,31 @@ class Explorer(widgets.VBox):
 
 STYLE = dict(description_width="initial")
 
-def number(value: int, name: str) -> widgets.IntText: return widgets.IntText(value, description=name, style=STYLE, layout=dict(width="130px"))
+def number(value: int, name: str):
+    "A field for a whole number."
+    import ipywidgets as widgets
+    return widgets.IntText(value, description=name, style=STYLE, layout=dict(width="130px"))
 
-def choice(options, name: str, **more) -> widgets.Dropdown: return widgets.Dropdown(options=options, description=name, style=STYLE, layout=dict(width="auto"), **more)
+def choice(options, name: str, **more):
+    "A menu."
+    import ipywidgets as widgets
+    return widgets.Dropdown(options=options, description=name, style=STYLE, layout=dict(width="auto"), **more)
 
-def put(frame: widgets.HTML, pixels, text: str) -> None:
-    "Show a picture in `frame`, with `text` for those who do not see it."
-    frame.value = f'<img decoding="sync" style="max-width:100%; display:block" alt="{html.escape(text)}" src="data:image/png;base64,{base64.b64encode(png(pixels)).decode()}">'
+def put(frame, pixels, text: str) -> None:
+    "Show a picture in `frame`, an ipywidgets HTML, with `text` for those who do not see it."
+    source = f"data:image/png;base64,{base64.b64encode(png(pixels)).decode()}"
+    look = 'decoding="sync" style="max-width:100%; display:block"'
+    frame.value = f'<img {look} alt="{html.escape(text)}" src="{source}">'
 
-def step_slider(at: list[int]) -> tuple[widgets.SelectionSlider, widgets.Play, widgets.BoundedIntText]:
-    "A slider over the steps `at`, a button that plays through them, and a field to type a number of steps into, which becomes the nearest in `at`."
+def step_slider(at: list[int]) -> tuple:
+    """A slider over the steps `at`, a button that plays through them, and a field to type a step into.
+
+    The typed number becomes the nearest in `at`.
+    """
+    import ipywidgets as widgets
     options = [("0 (noise)" if s == 0 else f"{s:,}", s) for s in at]
-    slider = widgets.SelectionSlider(options=options, value=1, description="steps", layout=dict(width="400px"), style=STYLE)
+    look = dict(description="steps", layout=dict(width="400px"), style=STYLE)
+    slider = widgets.SelectionSlider(options=options, value=1, **look)
     play = widgets.Play(max=len(at) - 1, value=1, interval=120)
     widgets.link((play, "value"), (slider, "index"))
     field = widgets.BoundedIntText(1, 0, at[-1], description="go to", style=STYLE, layout=dict(width="120px"))
@@ -377,19 +418,28 @@ class StepExplorer(Explorer):
     directories. memory: most bytes that trajectories may take; those used last are kept. data: `Images` for the curves (None: all digits, for models of digits).
     What is wrong is told in the widget. Trajectories are computed in a thread; `wait()` waits for it, and `trajectory` is the one that is shown.
     """
-    def __init__(self, model=None, n: int = 16, seed: int = 0, steps: int = 1000, runs=("runs", "../runs"), memory: float = 64e6, data: Images | None = None):
+    def __init__(self, model=None, n: int = 16, seed: int = 0, steps: int = 1000, runs=("runs", "../runs"),
+                 memory: float = 64e6, data: Images | None = None):
+        import ipywidgets as widgets
         super().__init__()
         self.steps, self.memory, self.data = steps, memory, data
-        self.cache, self.lock, self.stop, self.thread, self.trajectory, self.canvas = OrderedDict(), threading.RLock(), threading.Event(), None, None, None
+        self.cache, self.lock, self.stop = OrderedDict(), threading.RLock(), threading.Event()
+        self.thread = self.trajectory = self.canvas = None
         model = next(iter(SHIPPED)) if model is None else str(model) if isinstance(model, Path) else model
         options = [(f"shipped: {k}", k) for k in SHIPPED] + [(f"run: {p}", str(p)) for p in run_directories(runs)]
-        if model not in [v for _, v in options]: options.insert(0, ("the given model" if isinstance(model, DDDM) else str(model), model))
+        if model not in [v for _, v in options]:
+            options.insert(0, ("the given model" if isinstance(model, DDDM) else str(model), model))
         self.model, self.label = choice(options, "model", value=model), choice([("all in turn", None)], "class")
-        self.seed, self.n, (self.step, self.play, self.go_to) = number(seed, "seed"), number(n, "images"), step_slider(log_steps(steps))
-        self.progress = widgets.IntProgress(0, 0, steps, description="computed", style=STYLE, layout=dict(width="620px"))
+        self.seed, self.n = number(seed, "seed"), number(n, "images")
+        self.step, self.play, self.go_to = step_slider(log_steps(steps))
+        layout = dict(width="620px")
+        self.progress = widgets.IntProgress(0, 0, steps, description="computed", style=STYLE, layout=layout)
         self.image, self.curves, self.label.layout.display = widgets.HTML(), widgets.HTML(), "none"
-        self.children = [widgets.HBox([self.model, self.label, self.seed, self.n]), widgets.HBox([self.play, self.step, self.go_to]), self.progress, self.message, self.image, self.curves]
-        for control in (self.model, self.seed, self.n, self.label): control.observe(self.ask, "value")
+        what = widgets.HBox([self.model, self.label, self.seed, self.n])
+        when = widgets.HBox([self.play, self.step, self.go_to])
+        self.box.children = [what, when, self.progress, self.message, self.image, self.curves]
+        for control in (self.model, self.seed, self.n, self.label):
+            control.observe(self.ask, "value")
         self.step.observe(self.draw, "value")
         RUNNING.add(self)
         self.ask()
@@ -492,22 +542,33 @@ def end_points(mixture, trajectory: Trajectory) -> torch.Tensor:
     schedule = trajectory.model.schedule
     return mixture.flow(trajectory.x_T, schedule.T, schedule, tol=1e-6).float()
 
-def mixture_figure(mixture, trajectory: Trajectory, step: int | None = None, ends: torch.Tensor | None = None) -> Page:
-    "Iterates at `step` (None: none) over the modes and the exact end points; and the curves of a trajectory of points (dtype float32). ends: `end_points`, where they are known."
+def mixture_figure(mixture, trajectory: Trajectory, step: int | None = None,
+                   ends: torch.Tensor | None = None):
+    """Iterates at `step` (None: none) over the modes and the exact end points, and the curves, as a `page`.
+
+    trajectory: of points (dtype float32). ends: `end_points`, where they are known.
+    """
+    from matplotlib.patches import Circle
     check_points(mixture, trajectory.model)
     ends = end_points(mixture, trajectory) if ends is None else ends
-    figure = Page(figsize=(7.75, 3.6), dpi=80, layout="constrained")
+    figure = page(7.75, 3.6)
     left, right = figure.subplots(1, 2)
     reach = 1.6 * (mixture.means.abs().max() + 2 * mixture.stds.max()).item()
-    for mean, std in zip(mixture.means.tolist(), mixture.stds.tolist()): left.add_patch(matplotlib.patches.Circle(mean, 2.45 * std, color="0.85"))
+    for mean, std in zip(mixture.means.tolist(), mixture.stds.tolist()):
+        left.add_patch(Circle(mean, 2.45 * std, color="0.85"))
     left.plot(*ends.T, "x", color=ORANGE, ms=4, mew=1.2, label="exact end points")
-    left.plot([], [], ".", color=BLUE, ms=6, label="samples"); left.legend(loc="upper right", fontsize=8)
-    left.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="first coordinate", ylabel="second coordinate")
+    left.plot([], [], ".", color=BLUE, ms=6, label="samples")
+    left.legend(loc="upper right", fontsize=8)
+    left.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    left.set(xlabel="first coordinate", ylabel="second coordinate")
     away = [(trajectory.samples(s) - ends).norm(dim=1).mean().item() for s in trajectory.kept()]
     right.plot(trajectory.kept(), away, color=BLUE, lw=1.8, label="distance from the exact end point")
     title, every, moved = trajectory.moves()
     right.plot(every, np.maximum(moved, 1e-7), color=GREEN, ls="--", lw=1.5, label=title)
-    right.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="mean distance", xlim=(0.9, trajectory.done * 1.1)); right.grid(alpha=0.3); right.legend(fontsize=8)
+    right.set(xscale="log", yscale="log", xlim=(0.9, trajectory.done * 1.1))
+    right.set(xlabel="sampling steps", ylabel="mean distance")
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
     return figure if step is None else mark(figure, **mixture_marks(trajectory, step))
 
 def mixture_marks(trajectory: Trajectory, step: int) -> dict: return dict(vertical=[(1, step)], points=[(0, trajectory.samples(step), BLUE)])
@@ -516,12 +577,18 @@ def mixture_marks(trajectory: Trajectory, step: int) -> dict: return dict(vertic
 class MixtureExplorer(Explorer):
     "Points of the plane under a slider, beside their exact end points. mixture: `GaussianMixture`; models: name -> `DDDM` of points; n: how many points."
     def __init__(self, mixture, models: dict, n: int = 200, seed: int = 0, steps: int = 1000):
+        import ipywidgets as widgets
         super().__init__()
         self.mixture, self.models, self.steps, self.trajectory = mixture, models, steps, None
-        self.model, self.seed, self.n, (self.step, self.play, self.go_to) = choice(list(models), "model"), number(seed, "seed"), number(n, "points"), step_slider(log_steps(steps))
+        self.model = choice(list(models), "model")
+        self.seed, self.n = number(seed, "seed"), number(n, "points")
+        self.step, self.play, self.go_to = step_slider(log_steps(steps))
         self.image = widgets.HTML()
-        self.children = [widgets.HBox([self.model, self.seed, self.n]), widgets.HBox([self.play, self.step, self.go_to]), self.message, self.image]
-        for control in (self.model, self.seed, self.n): control.observe(self.compute, "value")
+        what = widgets.HBox([self.model, self.seed, self.n])
+        when = widgets.HBox([self.play, self.step, self.go_to])
+        self.box.children = [what, when, self.message, self.image]
+        for control in (self.model, self.seed, self.n):
+            control.observe(self.compute, "value")
         self.step.observe(self.draw, "value")
         self.compute()
 
@@ -587,10 +654,10 @@ def distance_marks(sizes: list[torch.Tensor], t: int, c: float) -> dict:
             marks[kind] += [(panel, torch.stack([at, v], 1), colour) for panel, v in enumerate(value_and_gradient(lambda r: of(r, c), at))]
     return marks
 
-def distance_figure(t: int = 300, c: float = 0.03, schedule: VPSchedule | None = None) -> Page:
-    "Eight digits at t, and the pseudo distances at c: what `DistanceExplorer` shows."
+def distance_figure(t: int = 300, c: float = 0.03, schedule: VPSchedule | None = None):
+    "Eight digits at t, and the pseudo distances at c: what `DistanceExplorer` shows, as a `page`."
     check_distance(t, c, schedule := schedule or VPSchedule())
-    figure = Page(figsize=(8, 3.9), dpi=80, layout="constrained")
+    figure = page(8, 3.9)
     figure.get_layout_engine().set(w_pad=0.1)
     places = figure.add_gridspec(2, 3, height_ratios=(1, 2.6))
     axes = [figure.add_subplot(places[1, k]) for k in range(3)]
@@ -608,16 +675,19 @@ def check_distance(t: int, c: float, schedule: VPSchedule) -> None:
 class DistanceExplorer(Explorer):
     "Eight digits under the forward process, and what the pseudo distances make of the error: sliders for t and c."
     def __init__(self, t: int = 300, c: float = 0.03, schedule: VPSchedule | None = None):
+        import ipywidgets as widgets
         super().__init__()
         self.schedule = schedule or VPSchedule()
-        layout = dict(width="480px")
-        self.t = widgets.IntSlider(min(max(t, 0), self.schedule.T), 0, self.schedule.T, description="t", style=STYLE, layout=layout)
-        self.c = widgets.FloatLogSlider(c, min=-4, max=1, step=0.05, description="c", style=STYLE, layout=layout, readout_format=".2g")
-        figure = Figure(figsize=(7.75, 2.9), dpi=80, layout="constrained")
+        last, look = self.schedule.T, dict(style=STYLE, layout=dict(width="480px"))
+        self.t = widgets.IntSlider(min(max(t, 0), last), 0, last, description="t", **look)
+        c_range = dict(min=-4, max=1, step=0.05, readout_format=".2g")
+        self.c = widgets.FloatLogSlider(c, description="c", **c_range, **look)
+        figure = page(7.75, 2.9)
         distance_panels(figure.subplots(1, 3), self.schedule)
         self.canvas, self.image, self.curves = Canvas(figure), widgets.HTML(), widgets.HTML()
-        self.children = [self.t, self.c, self.message, self.image, self.curves]
-        for slider in (self.t, self.c): slider.observe(self.draw, "value")
+        self.box.children = [self.t, self.c, self.message, self.image, self.curves]
+        for slider in (self.t, self.c):
+            slider.observe(self.draw, "value")
         self.draw()
 
     def draw(self, change=None) -> None:
@@ -631,10 +701,13 @@ class DistanceExplorer(Explorer):
 # %% ../nbs/12_explore.ipynb #12-explore-065
 def captioned(pixels: np.ndarray, texts: list[str]) -> Image.Image:
     "A picture with `texts` above it, evenly spaced."
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 13)
+    from matplotlib import get_data_path
+    font = ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 13)
     image = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + 20), "white")
     image.paste(Image.fromarray(pixels), (0, 20))
-    for k, text in enumerate(texts): ImageDraw.Draw(image).text(((k + 0.5) * image.width / len(texts), 10), text, "black", font, anchor="mm")
+    for k, text in enumerate(texts):
+        place = (k + 0.5) * image.width / len(texts), 10
+        ImageDraw.Draw(image).text(place, text, "black", font, anchor="mm")
     return image
 
 def save_trajectory(trajectory: Trajectory, path, steps=None, images: int = 8, milliseconds: int = 120) -> Path:

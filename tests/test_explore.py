@@ -232,6 +232,16 @@ def test_a_redraw_takes_less_than_a_tenth_of_a_second(model, n):
     assert min(times[:20]) < 0.1 and sorted(times)[len(times) // 4] < 0.1                 # quartile: the machine may be busy
 
 
+def test_a_notebook_shows_the_box_and_figures_without_pyplot():
+    explorer = explore.StepExplorer(halving(), n=2, steps=3).wait()
+    shown = explorer._repr_mimebundle_()
+    assert shown["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.box.model_id
+    assert shown["text/plain"].startswith("StepExplorer: run this cell")
+    assert explorer.message in explorer.box.children and explorer.image in explorer.box.children
+    explorer.close()
+    with Image.open(io.BytesIO(explore.page(2, 1)._repr_png_())) as picture: assert picture.size == (160, 80)
+
+
 def test_python_ends_while_a_trajectory_is_computed():
     code = "from dddm import explore\nexplore.StepExplorer()\nprint('made')"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch_fidelity.metric_fid import fid_features_to_statistics
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dddm import metrics
 from dddm.data import Images, digits
@@ -91,6 +92,42 @@ def test_precision_and_recall_by_brute_force(k):
     found = precision_recall(torch.tensor(a).float(), torch.tensor(b).float(), k)
     assert found == pytest.approx((share(a, b), share(b, a)), abs=1e-6)
     assert 0.02 < found[0] < 0.98
+
+
+def by_library(a, b, k=3):
+    found = prc_features_to_metric(a, b, prc_neighborhood=k, prc_batch_size=1000, save_cpu_ram=False, verbose=False)
+    return found["precision"], found["recall"]
+
+
+@pytest.mark.parametrize("block", [metrics.BLOCK, 10_000, 1])
+def test_precision_and_recall_are_torch_fidelitys_in_blocks_of_any_size(net, x, block, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    f = extract(x[:1000], net).features
+    noise = torch.randn(700, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    noisy = extract((x[1000:1700] + 0.2 * noise).clamp(-1, 1), net).features
+    for k in (1, 3, 5):
+        found = precision_recall(noisy, f, k, device="cpu")
+        assert found == by_library(noisy, f, k) and all(0.05 < share < 0.95 for share in found)
+    wide = torch.randn(300, 2048, generator=torch.Generator().manual_seed(0)).relu()
+    assert precision_recall(wide[:140] * 1.02, wide[140:]) == by_library(wide[:140] * 1.02, wide[140:])
+
+
+@pytest.mark.parametrize("shift", [0, 100, 10_000])
+def test_precision_and_recall_far_from_the_origin_are_those_of_float64(shift):
+    g = torch.Generator().manual_seed(1)
+    a, b = torch.randn(700, 16, generator=g) + shift, 0.9 * torch.randn(600, 16, generator=g) + shift
+
+    def distances(x, y): return torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    balls_a, balls_b = (distances(v, v).kthvalue(4).values for v in (a, b))
+    inside, covered = (distances(a, b) <= balls_b).any(1), (distances(b, a) <= balls_a).any(1)
+    expected = inside.float().mean().item(), covered.float().mean().item()
+    assert precision_recall(a, b) == expected and 0.2 < expected[0] < 0.95
+    if shift == 10_000: assert by_library(a, b) != expected               # what moving the points is for
+
+
+def test_precision_and_recall_of_what_does_not_fit():
+    for a, b, words in ((torch.rand(3, 2), torch.rand(9, 2), "k=3.*3 and 9"), (torch.rand(9, 2), torch.rand(9, 3), "N, 3")):
+        with pytest.raises(ValueError, match=words): precision_recall(a, b)
 
 
 def test_inception_score_is_its_formula():
@@ -410,6 +447,23 @@ def peak_memory(n, D):
 def test_memory_is_features_and_little_more():
     start, peak = peak_memory(16_000, 512)
     assert peak - start < 2 * 16_000 * 512 * 4 + 250e6      # both sides' features, and blocks and matrices that do not grow with n
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no peak memory to read")
+def test_precision_and_recall_hold_a_block_of_distances():
+    code = """
+import resource, sys, torch
+from dddm.metrics import precision_recall
+torch.set_num_threads(1)
+a, b = torch.randn(2, 12_000, 8)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+precision_recall(a[:50], b[:50], device="cpu")
+start = peak()
+precision_recall(a, b, device="cpu")
+print(peak() - start)
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
+    assert int(run.stdout) < 5 * metrics.BLOCK + 30e6                      # all distances would be 576 MB
 
 
 @pytest.mark.slow
