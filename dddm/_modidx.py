@@ -15,6 +15,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'dddm.data.Source': ('data.html#source', 'dddm/data.py'),
                            'dddm.data.TarReader': ('data.html#tarreader', 'dddm/data.py'),
                            'dddm.data.TarReader.__call__': ('data.html#tarreader.__call__', 'dddm/data.py'),
+                           'dddm.data.TarReader.__del__': ('data.html#tarreader.__del__', 'dddm/data.py'),
                            'dddm.data.TarReader.__init__': ('data.html#tarreader.__init__', 'dddm/data.py'),
                            'dddm.data.archive_kind': ('data.html#archive_kind', 'dddm/data.py'),
                            'dddm.data.batch_source': ('data.html#batch_source', 'dddm/data.py'),

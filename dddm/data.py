@@ -6,14 +6,14 @@
 __all__ = ['Turn', 'TURNS', 'SUFFIXES', 'LABEL_TABLE', 'TRAIN', 'HELD_OUT', 'FILLERS', 'NO_FOLDERS', 'MAGIC', 'CIFAR10',
            'CIFAR10_FILES', 'HEADER', 'FORMAT', 'CURE', 'FIELDS', 'KNOWN', 'Images', 'class_counts', 'fingerprint',
            'digits', 'flip', 'bit_depth', 'upright', 'without_metadata', 'on_white', 'centre_square', 'decode_pixels',
-           'decode_image', 'Files', 'visible', 'sort_out', 'list_zip', 'unpacked', 'TarReader', 'list_tar', 'walk',
-           'list_folder', 'split_kinds', 'Layout', 'in_words', 'training_part', 'class_doubts', 'find_classes',
-           'read_table', 'label_problem', 'table_layout', 'Source', 'misfit', 'decode_files', 'kind_of', 'left_out',
-           'image_layout', 'image_source', 'check_batch', 'batch_source', 'ArrayUnpickler', 'cifar_source',
-           'npz_arrays', 'npz_read', 'file_stamp', 'find_samples', 'sample_source', 'sample_labels', 'npz_source',
-           'npy_header', 'decode_into', 'expand', 'cache_folder', 'checksum', 'complete', 'damage', 'otherwise',
-           'open_cache', 'remove_leftovers', 'write_cache', 'cached', 'archive_kind', 'open_source', 'download_cifar10',
-           'find_path', 'find_own', 'check_options', 'expected_shape', 'class_problems', 'settle_classes', 'load_files',
+           'decode_image', 'Files', 'file_stamp', 'visible', 'sort_out', 'list_zip', 'unpacked', 'TarReader',
+           'list_tar', 'walk', 'list_folder', 'split_kinds', 'Layout', 'in_words', 'training_part', 'class_doubts',
+           'find_classes', 'read_table', 'label_problem', 'table_layout', 'Source', 'misfit', 'decode_files', 'kind_of',
+           'left_out', 'image_layout', 'image_source', 'check_batch', 'batch_source', 'ArrayUnpickler', 'cifar_source',
+           'npz_arrays', 'npz_read', 'find_samples', 'sample_source', 'sample_labels', 'npz_source', 'npy_header',
+           'decode_into', 'expand', 'cache_folder', 'checksum', 'complete', 'damage', 'otherwise', 'open_cache',
+           'remove_leftovers', 'write_cache', 'cached', 'archive_kind', 'open_source', 'download_cifar10', 'find_path',
+           'find_own', 'check_options', 'expected_shape', 'class_problems', 'settle_classes', 'load_files',
            'check_images', 'load']
 
 # %% ../nbs/07_data.ipynb #07-data-003
@@ -238,16 +238,19 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".gif", ".webp", "
             ".pgm")
 LABEL_TABLE = "dataset.json"   # beside the images of EDM and StyleGAN
 
+def file_stamp(path: Path) -> str:
+    return f"{path.stat().st_size} {path.stat().st_mtime_ns}"
+
 def visible(name: str) -> bool:
     "Whether no part of a name is hidden, or one of the copies that macOS puts into archives."
     return not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 def sort_out(names) -> tuple[list, list]:
-    "Visible file names as (those of images, sorted; the others)."
+    "Visible file names as (those of images, the others), sorted."
     images, others = [], []
     for name in filter(visible, names):
         (images if name.lower().endswith(SUFFIXES) else others).append(name)
-    return sorted(images), others
+    return sorted(images), sorted(others)
 
 # %% ../nbs/07_data.ipynb #07-data-031c
 def list_zip(path: Path) -> Files:
@@ -264,7 +267,7 @@ def list_zip(path: Path) -> Files:
         with archive.open(member[name]) as file: return file.read(limit)
     images, others = sort_out(n for n in names if not n.endswith("/"))
     folders = [n.rstrip("/") for n in names if n.endswith("/") and visible(n)]
-    return Files(images, folders, read, f"{path.stat().st_size} {path.stat().st_mtime_ns}", others)
+    return Files(images, folders, read, file_stamp(path), others)
 
 # %% ../nbs/07_data.ipynb #07-data-031e
 def unpacked(path: Path):
@@ -289,6 +292,9 @@ class TarReader:
             self.file.seek(offset)
             return self.file.read(size if limit < 0 else min(size, limit))
 
+    def __del__(self):
+        if self.file is not None: self.file.close()
+
 def list_tar(path: Path) -> Files:
     "The images in a tar archive, compressed or not; `ValueError` where it is not one or was cut short."
     places, folders = {}, []
@@ -300,12 +306,13 @@ def list_tar(path: Path) -> Files:
                 if m.isreg(): places[name] = m.offset_data, m.size
                 link = m.linkname.removeprefix("./")
                 if m.islnk() and link in places: places[name] = places[link]
+            if tar.fileobj.tell() == tar.offset: raise EOFError("its end is missing")
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
-        raise ValueError(f"{path} is not a readable tar archive ({str(e).split(chr(10))[0]}); it may have been "
-                         "cut short: copy or download it again") from None
+        reason = str(e).split("\n")[0]
+        raise ValueError(f"{path} is not a readable tar archive ({reason}); it may have been cut short: "
+                         "copy or download it again") from None
     images, others = sort_out(places)
-    stamp = f"{path.stat().st_size} {path.stat().st_mtime_ns}"
-    return Files(images, folders, TarReader(path, places), stamp, others)
+    return Files(images, folders, TarReader(path, places), file_stamp(path), others)
 
 # %% ../nbs/07_data.ipynb #07-data-031g
 def walk(path: Path, unread: list):
@@ -380,7 +387,8 @@ def training_part(names, folders, above, tops, kinds, beside) -> Layout:
     training = [top for top, kind in zip(tops, kinds) if kind == "train"]
     odd = [top for top, kind in zip(tops, kinds) if kind is None] + beside
     if odd or len(training) != 1:
-        what = f"{in_words(odd)} lies beside them" if odd else f"{len(training)} of them are training parts"
+        several = f"{in_words(training)} are all training parts" if training else "none is a training part"
+        what = f"{in_words(odd)} lies beside them" if odd else several
         splits = in_words(set(tops) - set(odd))
         raise ValueError(f"the folders {splits} look like splits, but {what}; give the path of one")
     prefix = "/".join([*above, training[0], ""])
@@ -427,8 +435,8 @@ def find_classes(names: list, folders: list) -> Layout:
                  "move such images into a class folder, or away")
         return Layout(names, None, doubts=[f"used without classes: {lacks}"], lacks=lacks)
     if not tops:
-        one = f"all images lie in one folder, {above[-1]!r}, which tells a model nothing; " if above else ""
-        return Layout(names, None, lacks=one + NO_FOLDERS)
+        one = f"all images lie in the one folder {above[-1]!r}; give each class a folder of its own" if above else ""
+        return Layout(names, None, lacks=one or NO_FOLDERS)
     below = [f.split("/") for f in folders]
     empty = sorted({f[level] for f in below if f[:level] == above and len(f) > level} - {*tops, "."})
     warned, doubts = class_doubts(tops, parts, level)
@@ -674,9 +682,6 @@ def npz_read(path: Path, *keys) -> list:
     except Exception as e:
         raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); download it again") from None
 
-def file_stamp(path: Path) -> str:
-    return f"{path.stat().st_size} {path.stat().st_mtime_ns}"
-
 # %% ../nbs/07_data.ipynb #07-data-042b
 def find_samples(path: Path, arrays: dict) -> str:
     "The name of the array of images among `arrays`; `ValueError` saying what there is instead."
@@ -685,8 +690,8 @@ def find_samples(path: Path, arrays: dict) -> str:
     if "arr_0" in found or len(found) == 1:
         return "arr_0" if "arr_0" in found else found[0]
     if {"mu", "sigma"} <= set(arrays):
-        raise ValueError(f"{path} has no images: it holds mu and sigma, the statistics of features. Two such "
-                         "files of one feature network are compared by metrics.frechet(np.load(a), np.load(b))")
+        raise ValueError(f"{path} has no images: it holds mu and sigma, the statistics of features. Two such files "
+                         "of one feature network are compared by metrics.frechet(np.load(a), np.load(b))")
     held = ", ".join(f"{k}: {dtype} {list(shape)}" for k, (shape, dtype) in arrays.items()) or "nothing"
     raise ValueError(f"{path} has {'several arrays' if found else 'no array'} of images; it holds {held}. "
                      "Expected: samples as arr_0, uint8 [N, H, W, C]; or ImageNet's data and labels")
