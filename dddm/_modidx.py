@@ -17,6 +17,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'dddm.data.TarReader.__call__': ('data.html#tarreader.__call__', 'dddm/data.py'),
                            'dddm.data.TarReader.__del__': ('data.html#tarreader.__del__', 'dddm/data.py'),
                            'dddm.data.TarReader.__init__': ('data.html#tarreader.__init__', 'dddm/data.py'),
+                           'dddm.data.WholeTarInfo': ('data.html#wholetarinfo', 'dddm/data.py'),
+                           'dddm.data.WholeTarInfo.fromtarfile': ('data.html#wholetarinfo.fromtarfile', 'dddm/data.py'),
                            'dddm.data.archive_kind': ('data.html#archive_kind', 'dddm/data.py'),
                            'dddm.data.batch_source': ('data.html#batch_source', 'dddm/data.py'),
                            'dddm.data.bit_depth': ('data.html#bit_depth', 'dddm/data.py'),

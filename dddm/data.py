@@ -7,14 +7,14 @@ __all__ = ['Turn', 'TURNS', 'SUFFIXES', 'LABEL_TABLE', 'TRAIN', 'HELD_OUT', 'FIL
            'CIFAR10_FILES', 'HEADER', 'FORMAT', 'CURE', 'FIELDS', 'KNOWN', 'Images', 'class_counts', 'fingerprint',
            'digits', 'flip', 'bit_depth', 'upright', 'without_metadata', 'on_white', 'centre_square', 'decode_pixels',
            'decode_image', 'Files', 'file_stamp', 'visible', 'sort_out', 'list_zip', 'unpacked', 'TarReader',
-           'list_tar', 'walk', 'list_folder', 'split_kinds', 'Layout', 'in_words', 'training_part', 'class_doubts',
-           'find_classes', 'read_table', 'label_problem', 'table_layout', 'Source', 'misfit', 'decode_files', 'kind_of',
-           'left_out', 'image_layout', 'image_source', 'check_batch', 'batch_source', 'ArrayUnpickler', 'cifar_source',
-           'npz_arrays', 'npz_read', 'find_samples', 'sample_source', 'sample_labels', 'npz_source', 'npy_header',
-           'decode_into', 'expand', 'cache_folder', 'checksum', 'complete', 'damage', 'otherwise', 'open_cache',
-           'remove_leftovers', 'write_cache', 'cached', 'archive_kind', 'open_source', 'download_cifar10', 'find_path',
-           'find_own', 'check_options', 'expected_shape', 'class_problems', 'settle_classes', 'load_files',
-           'check_images', 'load']
+           'WholeTarInfo', 'list_tar', 'walk', 'list_folder', 'split_kinds', 'Layout', 'in_words', 'training_part',
+           'class_doubts', 'find_classes', 'read_table', 'label_problem', 'table_layout', 'Source', 'misfit',
+           'decode_files', 'kind_of', 'left_out', 'image_layout', 'image_source', 'check_batch', 'batch_source',
+           'ArrayUnpickler', 'cifar_source', 'npz_arrays', 'npz_read', 'find_samples', 'sample_source', 'sample_labels',
+           'npz_source', 'npy_header', 'decode_into', 'expand', 'cache_folder', 'checksum', 'complete', 'damage',
+           'otherwise', 'open_cache', 'remove_leftovers', 'write_cache', 'cached', 'archive_kind', 'open_source',
+           'download_cifar10', 'find_path', 'find_own', 'check_options', 'expected_shape', 'class_problems',
+           'settle_classes', 'load_files', 'check_images', 'load']
 
 # %% ../nbs/07_data.ipynb #07-data-003
 import bz2
@@ -295,18 +295,26 @@ class TarReader:
     def __del__(self):
         if self.file is not None: self.file.close()
 
+class WholeTarInfo(tarfile.TarInfo):
+    "Entries of an archive whose list must end as it should; `tarfile` alone takes damage for the end."
+    @classmethod
+    def fromtarfile(cls, tar):
+        try: return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError: raise
+        except tarfile.HeaderError as e: raise tarfile.ReadError(str(e)) from None
+
 def list_tar(path: Path) -> Files:
     "The images in a tar archive, compressed or not; `ValueError` where it is not one or was cut short."
     places, folders = {}, []
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, tarinfo=WholeTarInfo) as tar:
             for m in tar:
                 name = m.name.removeprefix("./")
                 if m.isdir() and visible(name): folders.append(name)
                 if m.isreg(): places[name] = m.offset_data, m.size
                 link = m.linkname.removeprefix("./")
                 if m.islnk() and link in places: places[name] = places[link]
-            if tar.fileobj.tell() == tar.offset: raise EOFError("its end is missing")
+            while tar.fileobj.read(2**20): pass                # to its end, where a compressed file has a checksum
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
         reason = str(e).split("\n")[0]
         raise ValueError(f"{path} is not a readable tar archive ({reason}); it may have been cut short: "
@@ -346,6 +354,7 @@ def list_folder(path: Path) -> Files:
     lost = {name for name, _ in unread}
     names, others = ([n for n in some if n not in lost] for some in (names, others))
     def read(name, limit=-1):
+        if limit >= 0 and not (path / name).is_file(): return b""              # a pipe would wait for ever
         with open(path / name, "rb") as file: return file.read(limit)
     stamp = "\n".join(sorted(stamp)).encode("utf-8", "surrogateescape")
     return Files(names, folders, read, hashlib.sha256(stamp).hexdigest(), others, unread)
@@ -452,7 +461,7 @@ def read_table(files: Files) -> tuple[str, dict | None] | None:
     table = min(tables, key=lambda n: n.count("/"))
     content, prefix = json.loads(files.read(table)), table.removesuffix(LABEL_TABLE)
     if not isinstance(content, dict) or "labels" not in content:
-        return None          # another program's
+        return None                                            # another program's
     if content["labels"] is None: return prefix, None
     return prefix, {prefix + name.replace("\\", "/"): label for name, label in content["labels"]}
 
@@ -467,9 +476,9 @@ def label_problem(names: list, labels: dict) -> str:
 def table_layout(files: Files) -> Layout | None:
     "The layout that EDM's `dataset.json` tells; None where there is none, or its images lie elsewhere."
     try: found = read_table(files)
-    except (ValueError, TypeError, AttributeError, RecursionError) as e:
+    except Exception as e:                                     # unreadable, no JSON, or other JSON
         if not all(re.search(r"(^|/)\d{5}/[^/]*$", n) for n in files.names):
-            return None       # folders with names of their own
+            return None                                        # the folders have names of their own
         problem = f"{LABEL_TABLE} is not the label table of EDM or StyleGAN ({e}); repair or remove it"
         return Layout(files.names, None, doubts=[f"used without classes: {problem}"], lacks=problem)
     if found is None or not all(n.startswith(found[0]) for n in files.names):
@@ -549,16 +558,13 @@ def kind_of(head: bytes) -> str:
 def left_out(files: Files) -> tuple[str, str]:
     "Of the files that are not named like images: (how many of which suffix, which of them are images)."
     suffixes = defaultdict(list)
-    for name in files.others:
-        if name.split("/")[-1] != LABEL_TABLE:
-            suffixes[Path(name).suffix.lower() or "no suffix"].append(name)
+    for name in files.others: suffixes[Path(name).suffix.lower() or "no suffix"].append(name)
     most = sorted(suffixes.items(), key=lambda item: -len(item[1]))
     counts = ", ".join(f"{len(names):,} of {suffix}" for suffix, names in most[:6])
     images = []
     for suffix, names in most[:20]:
         try: kind = kind_of(files.read(names[0], 512))
-        except (OSError, ValueError, RuntimeError, zlib.error):
-            continue        # what cannot be read is not used anyway
+        except Exception: continue                             # what cannot be read is not used anyway
         if kind.endswith("image"):
             images.append(f"files of {suffix} such as {names[0]} hold a {kind} but are not named like it")
     return counts, "; ".join(images)
