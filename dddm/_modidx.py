@@ -20,6 +20,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'dddm.data.WholeTarInfo': ('data.html#wholetarinfo', 'dddm/data.py'),
                            'dddm.data.WholeTarInfo.fromtarfile': ('data.html#wholetarinfo.fromtarfile', 'dddm/data.py'),
                            'dddm.data.archive_kind': ('data.html#archive_kind', 'dddm/data.py'),
+                           'dddm.data.bare_jpeg': ('data.html#bare_jpeg', 'dddm/data.py'),
+                           'dddm.data.bare_png': ('data.html#bare_png', 'dddm/data.py'),
                            'dddm.data.batch_source': ('data.html#batch_source', 'dddm/data.py'),
                            'dddm.data.bit_depth': ('data.html#bit_depth', 'dddm/data.py'),
                            'dddm.data.cache_folder': ('data.html#cache_folder', 'dddm/data.py'),

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['Turn', 'TURNS', 'SUFFIXES', 'LABEL_TABLE', 'TRAIN', 'HELD_OUT', 'FILLERS', 'NO_FOLDERS', 'MAGIC', 'CIFAR10',
            'CIFAR10_FILES', 'HEADER', 'FORMAT', 'CURE', 'FIELDS', 'KNOWN', 'Images', 'class_counts', 'fingerprint',
-           'digits', 'flip', 'bit_depth', 'upright', 'without_metadata', 'on_white', 'centre_square', 'decode_pixels',
-           'decode_image', 'Files', 'file_stamp', 'visible', 'sort_out', 'list_zip', 'unpacked', 'TarReader',
-           'WholeTarInfo', 'list_tar', 'walk', 'list_folder', 'split_kinds', 'Layout', 'in_words', 'training_part',
-           'class_doubts', 'find_classes', 'read_table', 'label_problem', 'table_layout', 'Source', 'misfit',
-           'decode_files', 'kind_of', 'left_out', 'image_layout', 'image_source', 'check_batch', 'batch_source',
-           'ArrayUnpickler', 'cifar_source', 'npz_arrays', 'npz_read', 'find_samples', 'sample_source', 'sample_labels',
-           'npz_source', 'npy_header', 'decode_into', 'expand', 'cache_folder', 'checksum', 'complete', 'damage',
-           'otherwise', 'open_cache', 'remove_leftovers', 'write_cache', 'cached', 'archive_kind', 'open_source',
-           'download_cifar10', 'find_path', 'find_own', 'check_options', 'expected_shape', 'class_problems',
-           'settle_classes', 'load_files', 'check_images', 'load']
+           'digits', 'flip', 'bit_depth', 'upright', 'bare_png', 'bare_jpeg', 'without_metadata', 'on_white',
+           'centre_square', 'decode_pixels', 'decode_image', 'Files', 'file_stamp', 'visible', 'sort_out', 'list_zip',
+           'unpacked', 'TarReader', 'WholeTarInfo', 'list_tar', 'walk', 'list_folder', 'split_kinds', 'Layout',
+           'in_words', 'training_part', 'class_doubts', 'find_classes', 'read_table', 'label_problem', 'table_layout',
+           'Source', 'misfit', 'decode_files', 'kind_of', 'left_out', 'image_layout', 'image_source', 'check_batch',
+           'batch_source', 'ArrayUnpickler', 'cifar_source', 'npz_arrays', 'npz_read', 'find_samples', 'sample_source',
+           'sample_labels', 'npz_source', 'npy_header', 'decode_into', 'expand', 'cache_folder', 'checksum', 'complete',
+           'damage', 'otherwise', 'open_cache', 'remove_leftovers', 'write_cache', 'cached', 'archive_kind',
+           'open_source', 'download_cifar10', 'find_path', 'find_own', 'check_options', 'expected_shape',
+           'class_problems', 'settle_classes', 'load_files', 'check_images', 'load']
 
 # %% ../nbs/07_data.ipynb #07-data-003
 import bz2
@@ -39,11 +39,12 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 import numpy as np
 import psutil
 import torch
@@ -166,20 +167,35 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 # %% ../nbs/07_data.ipynb #07-data-027b
-def without_metadata(blob: bytes) -> bytes:
-    "A PNG file without texts and colour profile, but with what may tell its orientation; others as they are."
-    if not blob.startswith(b"\x89PNG\r\n\x1a\n"): return blob
+def bare_png(blob: bytes) -> bytes:
+    "A PNG file without texts and colour profile, but with what may tell its orientation."
     kept, at = [blob[:8]], 8
     while at < len(blob):
-        length, kind = int.from_bytes(blob[at:at + 4], "big"), blob[at + 4:at + 8]
+        end, kind = at + 12 + int.from_bytes(blob[at:at + 4], "big"), blob[at + 4:at + 8]
         keyword = blob[at + 8:at + 40].split(b"\0")[0]
-        turns = keyword in (b"XML:com.adobe.xmp", b"Raw profile type exif") and length < 2**16
-        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or turns:
-            kept.append(blob[at:at + 12 + length])
-        at += 12 + length
+        turns = keyword in (b"XML:com.adobe.xmp", b"Raw profile type exif") and end - at < 2**16
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or turns: kept.append(blob[at:end])
+        at = end
     return b"".join(kept)
 
-# %% ../nbs/07_data.ipynb #07-data-027c
+def bare_jpeg(blob: bytes) -> bytes:
+    "A JPEG file without comments and programs' data, but with EXIF and what the colours depend on."
+    kept, at = [blob[:2]], 2
+    while blob[at:at + 1] == b"\xff" and blob[at + 1:at + 2] not in (b"\xda", b""):    # xda: the pixels begin
+        marker, length = blob[at + 1], int.from_bytes(blob[at + 2:at + 4], "big")
+        segment = blob[at:at + 2 + length]
+        colours = marker in (0xE0, 0xEE) and length >= 14      # JFIF's and Adobe's, where they are whole
+        needed = colours or segment[4:].startswith(b"Exif\0\0")
+        if needed or not (0xE0 <= marker <= 0xEF or marker == 0xFE): kept.append(segment)
+        at += 2 + length
+    return b"".join(kept) + blob[at:]
+
+def without_metadata(blob: bytes) -> bytes:
+    "A PNG or JPEG file without metadata that does not matter; others as they are."
+    if blob.startswith(b"\x89PNG\r\n\x1a\n"): return bare_png(blob)
+    return bare_jpeg(blob) if blob.startswith(b"\xff\xd8\xff") else blob
+
+# %% ../nbs/07_data.ipynb #07-data-027d
 def on_white(image: Image.Image) -> Image.Image:
     "`image` with its transparency, if it has any, laid on white."
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
@@ -314,7 +330,7 @@ def list_tar(path: Path) -> Files:
                 if m.isreg(): places[name] = m.offset_data, m.size
                 link = m.linkname.removeprefix("./")
                 if m.islnk() and link in places: places[name] = places[link]
-            while tar.fileobj.read(2**20): pass                # to its end, where a compressed file has a checksum
+            while tar.fileobj.read(2**20): pass          # to its end, where a packed file has a checksum
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
         reason = str(e).split("\n")[0]
         raise ValueError(f"{path} is not a readable tar archive ({reason}); it may have been cut short: "
@@ -390,7 +406,7 @@ def in_words(names, most: int = 4) -> str:
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
-# %% ../nbs/07_data.ipynb #07-data-033d
+# %% ../nbs/07_data.ipynb #07-data-033e
 def training_part(names, folders, above, tops, kinds, beside) -> Layout:
     "The layout of the training split among sibling folders `tops`; `ValueError` where that is not clear."
     training = [top for top, kind in zip(tops, kinds) if kind == "train"]
@@ -407,14 +423,15 @@ def training_part(names, folders, above, tops, kinds, beside) -> Layout:
     note = f"split: {training[0]} ({counts[training[0]]:,} images) is used; left out: {rest}"
     return inner._replace(notes=[note, *inner.notes])
 
-# %% ../nbs/07_data.ipynb #07-data-033e
-def class_doubts(tops: list, parts: list, level: int) -> tuple[list, list]:
-    "What speaks against taking the folders `tops` for classes: (warnings, doubts) of `Layout`."
+# %% ../nbs/07_data.ipynb #07-data-033g
+def class_doubts(tops: list, parts, level: int) -> tuple[list, list]:
+    "What speaks against taking `tops`, at `level` of the paths `parts`, for classes: (warnings, doubts)."
     inner = defaultdict(set)
     for p in parts: inner[p[level]].update(p[level + 1:level + 2])
     shared, every = set.intersection(*inner.values()), set.union(*inner.values())
     warnings, doubts = [], []
-    if splits := [top for top, kind in zip(inner, split_kinds(list(inner))) if kind]:
+    splits = [top for top, kind in zip(tops, split_kinds(tops)) if kind]
+    if 2 * len(splits) >= len(tops):
         warnings.append(f"the folder {in_words(splits)} is named like a split, and is taken for a class")
     if len(shared) > 1 and 2 * len(shared) >= len(every):
         warnings.append(f"the folders {in_words(tops)} all have the sub-folders {in_words(shared)}. They are "
@@ -431,11 +448,12 @@ def find_classes(names: list, folders: list) -> Layout:
     is a training split beside others, that split alone is kept and looked at again. Raises `ValueError` where
     it is not clear which images are meant.
     """
-    parts = [n.split("/")[:-1] for n in names]
-    above = os.path.commonprefix(parts)
+    places = [n.rpartition("/")[0] for n in names]
+    parts = {place: place.split("/") if place else [] for place in set(places)}
+    above = os.path.commonprefix(list(parts.values()))
     level = len(above)
-    beside = [n for n, p in zip(names, parts) if len(p) <= level]
-    tops = sorted({p[level] for p in parts if len(p) > level})
+    beside = [n for n, place in zip(names, places) if len(parts[place]) <= level]
+    tops = sorted({p[level] for p in parts.values() if len(p) > level})
     kinds = split_kinds(tops)
     if "held out" in kinds and ("train" in kinds or (len(tops) > 1 and None not in kinds)):
         return training_part(names, folders, above, tops, kinds, beside)
@@ -444,14 +462,14 @@ def find_classes(names: list, folders: list) -> Layout:
                  "move such images into a class folder, or away")
         return Layout(names, None, doubts=[f"used without classes: {lacks}"], lacks=lacks)
     if not tops:
-        one = f"all images lie in the one folder {above[-1]!r}; give each class a folder of its own" if above else ""
+        one = f"all images lie in the one folder {above[-1]!r}; give each class its own" if above else ""
         return Layout(names, None, lacks=one or NO_FOLDERS)
     below = [f.split("/") for f in folders]
     empty = sorted({f[level] for f in below if f[:level] == above and len(f) > level} - {*tops, "."})
-    warned, doubts = class_doubts(tops, parts, level)
+    warned, doubts = class_doubts(tops, parts.values(), level)
     if empty:
         doubts.append(f"no image in the class folder{'s' * (len(empty) > 1)} {in_words(empty)}")
-    return Layout(names, [p[level] for p in parts], empty, [], warned, doubts)
+    return Layout(names, [parts[place][level] for place in places], empty, [], warned, doubts)
 
 # %% ../nbs/07_data.ipynb #07-data-034c
 def read_table(files: Files) -> tuple[str, dict | None] | None:
@@ -696,8 +714,8 @@ def find_samples(path: Path, arrays: dict) -> str:
     if "arr_0" in found or len(found) == 1:
         return "arr_0" if "arr_0" in found else found[0]
     if {"mu", "sigma"} <= set(arrays):
-        raise ValueError(f"{path} has no images: it holds mu and sigma, the statistics of features. Two such files "
-                         "of one feature network are compared by metrics.frechet(np.load(a), np.load(b))")
+        raise ValueError(f"{path} has no images: it holds mu and sigma, the statistics of features. Two such of "
+                         "one feature network are compared by metrics.frechet(np.load(a), np.load(b))")
     held = ", ".join(f"{k}: {dtype} {list(shape)}" for k, (shape, dtype) in arrays.items()) or "nothing"
     raise ValueError(f"{path} has {'several arrays' if found else 'no array'} of images; it holds {held}. "
                      "Expected: samples as arr_0, uint8 [N, H, W, C]; or ImageNet's data and labels")
@@ -732,7 +750,7 @@ def sample_labels(path: Path, arrays: dict, n: int) -> tuple[np.ndarray | None, 
         if 0 <= labels.min() and labels.max() < 10**6: return labels, []
     return None, [f"used without classes: {key} is {dtype} {list(shape)}, not a whole number from 0 an image"]
 
-# %% ../nbs/07_data.ipynb #07-data-042c
+# %% ../nbs/07_data.ipynb #07-data-042e
 def npz_source(path: Path, expected) -> Source:
     "Samples in one .npz file, or ImageNet's batches: one, or the folder of all ten; labels 1..1000."
     files = [path] if path.is_file() else [path / f"train_data_batch_{i}.npz" for i in range(1, 11)]
@@ -1065,7 +1083,7 @@ def settle_classes(source: Source, data, labels, classes, on_error) -> tuple[Sou
         return source._replace(doubts=[*source.doubts, f"used without classes: it {problems[-1]}"]), False
     return source, source.classes is not None
 
-# %% ../nbs/07_data.ipynb #07-data-056
+# %% ../nbs/07_data.ipynb #07-data-055g
 def load_files(data, where: Path, source: Source, expected, size, channels, cache, on_error) -> Images:
     "The images of `source` from the cache, with all their labels."
     name = data if data in KNOWN else re.sub(r"[^A-Za-z0-9_-]+", "-", where.resolve().stem) or "images"
@@ -1093,7 +1111,7 @@ def check_images(images: Images, where, count: int, expected, on_error: str) -> 
         warnings.warn(f"{len(images.skipped)} of {count} images of {where} were skipped, the first: "
                       f"{' '.join(images.skipped[0])}")
 
-# %% ../nbs/07_data.ipynb #07-data-056b
+# %% ../nbs/07_data.ipynb #07-data-056
 def load(data, path=None, size: int | None = None, channels: int | None = None, cache=None,
          on_error: str = "stop", labels: bool | None = None, download: bool = False,
          shape: tuple | None = None, classes: int | None = None) -> Images:

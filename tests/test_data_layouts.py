@@ -82,6 +82,7 @@ TRIES = {
     "splits in classes": (splits("cat", "dog", classes=("train", "test")), (8, ["cat", "dog"]), "sub-folders test, train", ""),
     "one common sub-folder": (splits("cat", "dog", classes=("images",)), (4, ["cat", "dog"]), "", ""),
     "trains and cars": (images("train/0.png", "car/0.png"), (2, ["car", "train"]), "train is named like a split", ""),
+    "trains, cars, buses": (images("train/0.png", "car/0.png", "bus/0.png"), (3, ["bus", "car", "train"]), "", ""),
     "one class": (images("cat/0.png", "cat/1.png"), (2, None), "", "one folder 'cat'"),
     "no folder": (images("0.png", "1.jfif"), (2, None), "", "in a folder named after its class"),
     "a stray": (images("cat/0.png", "dog/0.png", "p.png"), (3, None), "p.png lies beside the folders cat, dog", "p.png lies"),
@@ -385,6 +386,22 @@ def test_an_odd_tag_does_not_cost_the_picture_or_its_turn(name, format):
     plain = decode_image(encoded(image, format, **options))
     turned = decode_image(encoded(image, format, exif=b"Exif\0\0" + exif_block((0x112, 3, 1, b"\6\0\0\0"), ODD_TAGS[name]), **options))
     assert np.array_equal(turned, np.rot90(plain, -1, (1, 2)))
+
+
+SEGMENTS = {"profile": (0xE2, b"ICC_PROFILE\0"), "Photoshop": (0xED, b"Photoshop 3.0\x008BIM\4\4\0"), "JFIF": (0xE0, b"JFIF\0"),
+            "Adobe": (0xEE, b"Adobe"), "several pictures": (0xE2, b"MPF\0II*"), "comment": (0xFE, b"\xff\xd8\0"), "XMP": (0xE1, b"http://ns.adobe.com/xap/1.0/\0<")}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_a_short_segment_does_not_cost_a_jpeg_or_its_turn(name):
+    marker, body = SEGMENTS[name]
+    segment = bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2, "big") + body
+    exif = Image.Exif()
+    exif[0x112] = 6
+    for image in (picture(0, (16, 24)), picture(0, (16, 24), "CMYK"), picture(0, (16, 24), "L")):
+        blob = encoded(image, "JPEG", exif=exif)
+        assert np.array_equal(decode_image(blob[:2] + segment + blob[2:]), decode_image(blob))
+    with pytest.raises(OSError): decode_image(blob[:2] + segment + blob[2:-40])
 
 
 @pytest.mark.parametrize("block", [b"", b"II*\0", b"junk" * 20, exif_block((0x112, 2, 1, b"6\0\0\0")), exif_block((0x112, 3, 1, b"\x63\0\0\0"))])
