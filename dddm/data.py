@@ -12,7 +12,7 @@ __all__ = ['Turn', 'TURNS', 'SUFFIXES', 'LABEL_TABLE', 'TRAIN', 'HELD_OUT', 'FIL
            'Source', 'misfit', 'decode_files', 'kind_of', 'left_out', 'image_layout', 'image_source', 'check_batch',
            'batch_source', 'ArrayUnpickler', 'cifar_source', 'npz_arrays', 'npz_read', 'find_samples', 'sample_source',
            'sample_labels', 'npz_source', 'npy_header', 'decode_into', 'expand', 'cache_folder', 'checksum', 'complete',
-           'damage', 'otherwise', 'open_cache', 'remove_leftovers', 'write_cache', 'cached', 'archive_kind',
+           'damage', 'otherwise', 'open_cache', 'remove_leftovers', 'write_cache', 'cached', 'open_archive',
            'open_source', 'download_cifar10', 'find_path', 'find_own', 'check_options', 'expected_shape',
            'class_problems', 'settle_classes', 'load_files', 'check_images', 'load']
 
@@ -714,7 +714,7 @@ def find_samples(path: Path, arrays: dict) -> str:
     if "arr_0" in found or len(found) == 1:
         return "arr_0" if "arr_0" in found else found[0]
     if {"mu", "sigma"} <= set(arrays):
-        raise ValueError(f"{path} has no images: it holds mu and sigma, the statistics of features. Two such of "
+        raise ValueError(f"{path} has no images: it holds mu and sigma, statistics of features. Two such of "
                          "one feature network are compared by metrics.frechet(np.load(a), np.load(b))")
     held = ", ".join(f"{k}: {dtype} {list(shape)}" for k, (shape, dtype) in arrays.items()) or "nothing"
     raise ValueError(f"{path} has {'several arrays' if found else 'no array'} of images; it holds {held}. "
@@ -947,40 +947,37 @@ KNOWN = {
                "train_data_batch_1.npz … train_data_batch_10.npz, or 1000 class folders, packed or not"),
 }
 
-def archive_kind(path: Path) -> str:
-    "What the file at `path` is: npz, cifar, zip, tar; else `ValueError` saying what it is instead."
+def open_archive(path: Path) -> tuple[str, Files]:
+    "What the file at `path` is (npz, cifar, zip, tar) and what lies in it; `ValueError` for what else it is."
     if not path.is_file():
         raise ValueError(f"{path} is neither a folder nor a file")
     suffix = path.suffix.lower()
     with open(path, "rb") as file: kind = kind_of(file.read(512))
-    if not kind and (suffix in (".zip", ".npz") or zipfile.is_zipfile(path)):
-        kind = "zip"
-    if not kind and (suffix in (".tar", ".tgz", ".gz") or tarfile.is_tarfile(path)):
-        kind = "tar"
-    if kind == "zip":
-        try: held = zipfile.ZipFile(path).namelist()
-        except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
-            held = []      # said by who opens it
-        return "npz" if (all(name.endswith(".npy") for name in held) if held else suffix == ".npz") else "zip"
-    if kind == "tar":
-        return "cifar" if any(n.split("/")[-1] in CIFAR10_FILES for n in list_tar(path).others) else "tar"
+    if kind == "zip" or not kind and (suffix in (".zip", ".npz") or zipfile.is_zipfile(path)):
+        files = list_zip(path)
+        arrays = not files.names and all(name.endswith(".npy") for name in files.others)
+        return "npz" if arrays and (files.others or suffix == ".npz") else "zip", files
+    packed = suffix in (".tar", ".tgz", ".gz", ".xz", ".bz2")
+    if kind == "tar" or not kind and (packed or tarfile.is_tarfile(path)):
+        files = list_tar(path)
+        return "cifar" if any(name.split("/")[-1] in CIFAR10_FILES for name in files.others) else "tar", files
     if kind.endswith("image"): kind += ": give the folder it lies in"
     but = f", but a {kind}" if kind else ""
     raise ValueError(f"{path} is no folder, .zip, .tar, .tar.gz or .npz of images{but}")
 
 def open_source(path: Path, size, channels, expected, on_error) -> Source:
     "The source at `path`, by what is there: npz files, CIFAR-10's pickles, an archive or a folder of images."
-    if path.is_dir():
-        cifar = any(path.glob("data_batch_*")) or (path / "cifar-10-batches-py").is_dir()
-        kind = "npz" if any(path.glob("train_data_batch_*.npz")) else "cifar" if cifar else "folder"
-    else: kind = archive_kind(path)
-    if kind in ("npz", "cifar"):
-        if size or channels:
-            raise ValueError(f"size={size}, channels={channels}: the arrays in {path} are used as they are; "
-                             "drop these options (in a training: resize)")
-        return npz_source(path, expected) if kind == "npz" else cifar_source(path, expected)
-    files = {"folder": list_folder, "zip": list_zip, "tar": list_tar}[kind](path)
-    return image_source(path, files, size, channels, expected, on_error)
+    files = None
+    if not path.is_dir(): kind, files = open_archive(path)
+    elif any(path.glob("train_data_batch_*.npz")): kind = "npz"
+    elif any(path.glob("data_batch_*")) or (path / "cifar-10-batches-py").is_dir(): kind = "cifar"
+    else: return image_source(path, list_folder(path), size, channels, expected, on_error)
+    if kind in ("zip", "tar"):
+        return image_source(path, files, size, channels, expected, on_error)
+    if size or channels:
+        raise ValueError(f"size={size}, channels={channels}: the arrays in {path} are used as they are; "
+                         "drop these options (in a training: resize)")
+    return npz_source(path, expected) if kind == "npz" else cifar_source(path, expected)
 
 # %% ../nbs/07_data.ipynb #07-data-055
 def download_cifar10(folder: Path) -> Path:
