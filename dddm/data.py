@@ -51,6 +51,8 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from .store import to_device
+
 # %% ../nbs/07_data.ipynb #07-data-006
 @dataclass
 class Images:
@@ -83,14 +85,14 @@ class Images:
         size = f"{self.pixels.numel() / 1e6:.1f} MB on {self.pixels.device}"
         return f"Images({self.name}, {len(self):,} of {self.shape}, {self.classes or 'no'} classes, {size})"
 
-    def get(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        "Images `index` [B] as float32 [B, C, H, W] in [-1, 1] and labels [B] or None, where the pixels are."
+    def get(self, index: torch.Tensor, device=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        "Images `index` [B] as float32 [B, C, H, W] in [-1, 1] and labels [B] or None, on `device` (None: where the pixels are)."
         if len(index) and index.device.type == "cpu" and (index.min() < 0 or index.max() >= len(self)):
             raise ValueError(f"index ranges over {index.min().item()}..{index.max().item()}; "
                              f"it must stay in 0..{len(self) - 1}")
-        index = index.to(self.pixels.device)
-        x = self.pixels[index].float().div_(self.levels / 2).sub_(1)
-        return x, None if self.labels is None else self.labels[index]
+        index, device = to_device(index, self.pixels.device), self.pixels.device if device is None else device
+        x = to_device(self.pixels[index], device).float().div_(self.levels / 2).sub_(1)      # bytes travel, not floats
+        return x, None if self.labels is None else to_device(self.labels[index], device)
 
     def to(self, device) -> "Images":
         "The same data set with its pixels and labels on `device`."

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import fcntl
 import hashlib
 import inspect
 import json
@@ -46,6 +45,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
+
+try: import fcntl
+except ImportError: fcntl = None                                     # Windows
 
 from . import data as images
 from .features import trunk
@@ -224,10 +226,14 @@ def learning_rate(config: TrainConfig, progress: float) -> float:
 
 # %% ../nbs/09_training.ipynb #09-training-030
 def fsync(path: Path) -> None:
-    "Flush a file or a directory to disk."
-    fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    "Flush a file or a directory to disk. A warning where the disk, or Windows, cannot do it for directories."
+    try:
+        fd = os.open(path, os.O_RDONLY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
+    except OSError as e:
+        if not Path(path).is_dir(): raise
+        warnings.warn(f"this disk cannot flush a folder ({e}): a power cut may lose what was written last")
 
 def sha256(path: Path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
@@ -289,7 +295,7 @@ def load(run_directory, ema: bool = True) -> DDDM:
 
     Raises `FileNotFoundError` where there is no run or no checkpoint yet, `ValueError` where config.json or all checkpoints are damaged.
     """
-    run = Path(run_directory)
+    run = Path(run_directory).expanduser()
     model = build(read_config(run))
     checkpoint = newest_checkpoint(run)
     if checkpoint is None: raise FileNotFoundError(f"{run} has no checkpoint yet: let its training reach one, or stop it with Ctrl-C, which saves")
@@ -315,11 +321,13 @@ def check_directory(config: TrainConfig, out: Path, resume: bool = True) -> Trai
         if not resume: raise FileExistsError(f"{out} holds a run already; choose another directory, or let it resume")
         there = read_config(out)
         was, now = there.to_dict(), config.to_dict()                                       # a field that is new since then has its default
-        differ = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} here" for k in sorted({*was, *now}) if was.get(k) != now.get(k) and k not in RESUMABLE]
+        named = ("digits", *images.KNOWN)
+        may = RESUMABLE if {there.data, config.data} & set(named) else (*RESUMABLE, "data")       # `restore` compares the images themselves
+        differ = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} here" for k in sorted({*was, *now}) if was.get(k) != now.get(k) and k not in may]
         if differ: raise ValueError(f"{out} is the run of another configuration ({'; '.join(differ)}); choose another directory")
         return there
     held = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
-    if held == ["config.json"]:
+    if held and {*held} <= {"config.json", "data.txt"}:
         try: read_config(out); return None
         except ValueError: pass
     if held: raise FileExistsError(f"{out} is not empty and holds no run; choose another directory")
@@ -339,8 +347,12 @@ def locked(out: Path):
     "Within, no other process trains in `out`: `FileExistsError` where one does. The lock ends with its process, however that ends."
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise FileExistsError(f"another process is training in {out}; wait for it, stop it, or choose another directory") from None
+        try:
+            if fcntl is None: raise OSError("this system has no flock")
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another process is training in {out}; wait for it, stop it, or choose another directory") from None
+        except OSError as e: warnings.warn(f"{out} cannot be locked ({e}): make sure that no other process trains in it")
         yield
 
 def check_data(config: TrainConfig, data) -> None:
@@ -391,8 +403,9 @@ def start_accelerator(config: TrainConfig, out: Path) -> Accelerator:
 
 def load_images(config: TrainConfig):
     "The configuration's images, with `resize` scaled to its shape and turned to its number of channels."
-    change = dict(size=config.shape[-1], channels=config.shape[0]) if config.resize else {}
-    return images.load(config.data, path=config.data_path, download=config.download, on_error=config.on_error, labels=config.classes is not None or None, **change)
+    change = dict(size=config.shape[-1], channels=config.shape[0]) if config.resize else dict(shape=config.shape)
+    return images.load(config.data, path=config.data_path, download=config.download, on_error=config.on_error,
+                       labels=config.classes is not None, classes=config.classes, **change)
 
 def open_distance(config: TrainConfig) -> torch.nn.Module:
     "The configuration's d; `features`, where it is among its options, is the name of a network of `dddm.features`."
@@ -410,7 +423,8 @@ def open_store(config: TrainConfig, n: int, rank: int, world: int, device) -> Es
     if not needs_store(config.objective, config.estimate): return None
     size = math.ceil(n / world) * math.prod(config.shape) * getattr(torch, config.store_dtype).itemsize
     if device.type == "cuda" and size > 0.3 * torch.cuda.mem_get_info(device)[0]: device = "cpu"
-    path = config.store_path if config.store_path is None or world == 1 else f"{config.store_path}.{rank}of{world}"
+    path = config.store_path and str(Path(config.store_path).expanduser())
+    if path and world > 1: path = f"{path}.{rank}of{world}"
     return EstimateStore(n, config.shape, config.store_dtype, path, "cpu" if path else device, config.seed, share=(rank, world))
 
 # %% ../nbs/09_training.ipynb #09-training-043
@@ -421,7 +435,7 @@ class Run:
     Raises before any work, through the functions it calls, where configuration, images or directory do not fit.
     """
     def __init__(self, config: TrainConfig, out, resume: bool = True, hold: contextlib.ExitStack | None = None):
-        self.config, self.out = config, Path(out)
+        self.config, self.out = config, Path(out).expanduser()
         self.accelerator = start_accelerator(config, self.out)
         self.rank, self.world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         self.device = torch.device("cpu") if device.type == "cpu" else device        # Accelerate numbers CPUs (cpu:0), torch.load knows no number
@@ -439,6 +453,7 @@ class Run:
                 raise ValueError(f"{self.out} holds {there:,} steps, more than the {self.steps:,} of epochs={config.epochs}; "
                                  f"give at least {math.ceil(there / self.steps_per_epoch)} epochs, or another directory")
             claim_directory(config, self.out, resume)
+            (self.out / "data.txt").write_text(data.summary() + "\n")
         self.accelerator.wait_for_everyone()
         self.data, self.model = place_images(data, self.device), self.model.to(self.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -479,10 +494,9 @@ def make_part(run: Run, index: torch.Tensor, draws: dict) -> Part:
     draws = dict(draws)
     flips = draws.pop("flips", None)
     mirror = (lambda x: x) if flips is None else (lambda x: images.flip(x, flips))
-    x0, label = run.data.get(index)
+    x0, label = run.data.get(index, run.device)
     stored = None if run.store is None else mirror(to_device(run.store.read(index), run.device))
-    label = None if c.classes is None else to_device(label, run.device)
-    part = Part(mirror(to_device(x0, run.device)), stored, label=label, progress=run.done / run.steps, epoch=run.epoch, **draws)
+    part = Part(mirror(x0), stored, label=label if c.classes else None, progress=run.done / run.steps, epoch=run.epoch, **draws)
     return about.prepare(part, run.model.schedule, level_range=c.levels, rungs=c.rungs)
 
 def filled_up(part: Part, size: int) -> tuple[Part, torch.Tensor]:
@@ -825,7 +839,7 @@ def train(config: TrainConfig, out, resume: bool = True, callback=None, progress
 
     resume: go on from the newest checkpoint in `out` (the result is that of an unbroken run of as many epochs; more epochs than it was begun with
     give the longer run, but for objectives and rates that follow the share of training done: a warning says so). callback: called with each history record.
-    Leaves config.json, history.jsonl, speed.jsonl, samples/ and checkpoints/. Raises before any work where the configuration, the
+    Leaves config.json, data.txt (how the images were understood), history.jsonl, speed.jsonl, samples/ and checkpoints/. Raises before any work where the configuration, the
     images, the directory or the disk do not fit; `FloatingPointError` on a loss that is not finite; after a SIGINT or SIGTERM it saves and
     raises `KeyboardInterrupt` or `SystemExit`. The caller's random state is left as it was.
     """
@@ -834,7 +848,7 @@ def train(config: TrainConfig, out, resume: bool = True, callback=None, progress
         run = Run(config, out, resume, stack)
         if run.main:
             check_disk(run.out, 3 * checkpoint_bytes(run))
-            if progress: print(describe(run), flush=True)
+            if progress: print(run.data.summary(), describe(run), sep="\n", flush=True)
         received = stack.enter_context(stop_signals())
         bar = stack.enter_context(tqdm(total=run.steps, initial=run.done, unit="step", mininterval=1, disable=not (progress and run.main)))
         if run.resumed and grid_due(run): sample_grid(run)                            # a kill came between the checkpoint and its grid
