@@ -20,6 +20,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -60,7 +61,7 @@ from .store import EstimateStore, queued, to_device
 from .unet import UNet, seed_dropout
 
 # %% ../nbs/09_training.ipynb #09-training-005
-CHOICES = dict(objective=tuple(OBJECTIVES), rungs=RUNGS, on_error=("stop", "skip"), precision=("auto", "float32", "bfloat16"), device=("auto", "cpu"), tracker=(None, "tensorboard", "wandb"),
+CHOICES = dict(objective=tuple(OBJECTIVES), rungs=RUNGS, on_error=("stop", "skip"), precision=("auto", "float32", "bfloat16"), device=("auto", "cpu"), tracker=("tensorboard", "wandb"),
                store_dtype=("float32", "float16", "bfloat16", "uint8"))
 NET_FIELDS = tuple(k for k in inspect.signature(UNet).parameters if k not in ("shape", "classes"))
 MACHINE = ("device", "micro_batch", "precision", "compile", "recompute", "tracker", "log_every", "checkpoint_every", "sample_every",
@@ -146,7 +147,8 @@ def check_config(config: TrainConfig) -> None:
     need(0 <= config.ema < 1, "ema", "must be in [0, 1)")
     for name in config.net: refuse_unknown("argument of the network", name, NET_FIELDS)
     need(len(config.levels) == 2 and all(type(n) is int for n in config.levels) and 2 <= config.levels[0] <= config.levels[1], "levels", "must be (fewest, most), whole numbers from 2")
-    for name, known in CHOICES.items(): refuse_unknown(name, getattr(config, name), known)
+    for name, known in CHOICES.items():
+        if getattr(config, name) is not None: refuse_unknown(name, getattr(config, name), known)
     estimate_of(config.objective, config.estimate); sampler_of(config.objective, config.sampler)
     need(not (config.drop_last and needs_store(config.objective, config.estimate)), "drop_last", f"objective {config.objective!r} keeps a store, whose every row must be written in every epoch")
     VPSchedule(config.T, config.beta_min, config.beta_max)
@@ -394,12 +396,12 @@ def tf32():
 def start_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     "Device, ranks and tracker: CUDA where there is a GPU and the configuration allows it; as many ranks as the launcher started."
     cuda = torch.cuda.is_available() and config.device != "cpu"
+    if config.tracker and importlib.util.find_spec(config.tracker) is None:
+        raise ValueError(f"tracker={config.tracker!r} is not installed: pip install {config.tracker}, or leave tracker out")
     # Accelerate remembers the first Accelerator of a process; a second run may want another device
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))                    # while one rank decodes a large data set, the others wait
-    try: return Accelerator(cpu=not cuda, log_with=config.tracker, project_dir=str(out), kwargs_handlers=[patience])
-    except (ImportError, ValueError) as e:
-        raise ValueError(f"tracker={config.tracker!r}: {e}; install it (pip install {config.tracker}), or leave tracker out") from e
+    return Accelerator(cpu=not cuda, log_with=config.tracker, project_dir=str(out), kwargs_handlers=[patience])
 
 def load_images(config: TrainConfig):
     "The configuration's images, with `resize` scaled to its shape and turned to its number of channels."
