@@ -19,8 +19,8 @@ from torch import nn
 
 from .losses import refuse_unknown
 from .model import DDDM
-from .sampling import (Arrivals, at_steps, batch_for, check_count, class_labels, draws, eval_mode, _in_format, sampling_dtype,
-                           step_counts)
+from .sampling import (Arrivals, at_steps, batch_for, check_count, class_labels, draws, eval_mode, number_format,
+                           sampling_dtype, step_counts)
 from .schedule import VPSchedule
 from .store import seeded_normal, to_device
 
@@ -341,7 +341,7 @@ def generate(model, sampler: str | None = None, n: int = 16, steps=(1, 2, 5, 20,
     size, dtype = batch_for(batch_size, like.device), sampling_dtype(model, precision, None if label is None else int(label[0]))
     out = {s: torch.empty(n, *model.shape, dtype=like.dtype) for s in steps}
     arrivals, here = Arrivals(out), lambda x: to_device(x.to(like.dtype), like.device)
-    with _in_format(like.device, dtype):
+    with number_format(like.device, dtype):
         for a in range(0, n, size):
             rows = slice(a, min(a + size, n))
             index = range(rows.start, rows.stop)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['X_T_STREAM', 'X0_STREAM', 'PRECISIONS', 'eval_mode', 'class_labels', 'check_count', 'iterate', 'refuse_bad', 'draws',
-           'Arrivals', 'check_settle', 'step_counts', 'has_bfloat16', 'sampling_dtype', 'batch_for', 'at_steps',
-           'sample', 'eight_bits', 'grid', 'save_grid', 'show_rows', 'keep_images', 'kept_images']
+           'Arrivals', 'check_settle', 'step_counts', 'has_bfloat16', 'sampling_dtype', 'number_format', 'batch_for',
+           'at_steps', 'sample', 'eight_bits', 'grid', 'save_grid', 'show_rows', 'keep_images', 'kept_images']
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-003
 import base64
@@ -186,7 +186,7 @@ def sampling_dtype(model, precision: str = "float32", label: int | None = None) 
             x_t = exact
     return torch.bfloat16 if max(differ) < 2 / 255 else torch.float32
 
-def _in_format(device, dtype):
+def number_format(device, dtype):
     "A context in which networks on `device` are evaluated in `dtype`."
     return torch.autocast(device.type, dtype) if dtype == torch.bfloat16 else nullcontext()
 
@@ -227,7 +227,7 @@ def at_steps(model, n: int, steps=(1, 2, 5, 20, 100), seed: int = 0, label=None,
     def noise(a):
         return tuple(to_device(v.to(like.dtype), like.device) for v in draws(seed, range(start + a, start + min(a + size, n)), shape))
 
-    with eval_mode(list(model.modules())), _in_format(like.device, dtype):
+    with eval_mode(list(model.modules())), number_format(like.device, dtype):
         for a, (x_T, x0) in zip(batches, _ahead(noise, batches)):
             rows, found, before = slice(a, a + len(x_T)), {}, None
             bad = torch.zeros((), dtype=torch.long, device=like.device)
