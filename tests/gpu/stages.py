@@ -113,7 +113,7 @@ def trace_only():
     compile = torch.compile
 
     def traced(*args, backend=None, mode=None, options=None, **kwargs):
-        return compile(*args, backend="aot_eager", **kwargs)
+        return compile(*args, backend="eager", **kwargs)
     torch.compile = traced
 
 
