@@ -33,9 +33,10 @@ def test_images_and_going_on_from_its_weights(root, tmp_path):
     first = run(root, "images", tmp_path / "first", "--until", "0.5")
     second = run(root, "images", tmp_path / "second", "--weights", str(tmp_path / "first"))
     scores = [s for results in (first, second) for s in results["scores"]]
-    assert first["stages"]["reload"]["result"]["progress"] == pytest.approx(0.5, abs=0.02)
-    assert second["scores"][0]["progress"] == pytest.approx(0.5, abs=0.02)
-    assert second["stages"]["reload"]["result"]["progress"] == 1
+    half, end = (results["stages"]["reload"]["result"]["progress"] for results in (first, second))
+    assert 0.3 < half <= 0.52
+    assert second["scores"][0]["progress"] == pytest.approx(half, abs=1e-3)
+    assert 0.8 < end <= 1.05
     assert scores[-1]["FD-digits at 1"] < scores[0]["FD-digits at 1"]
     assert len(list((tmp_path / "second").iterdir())) <= 8
 

@@ -33,7 +33,7 @@ def large(**changes):
 
 def open_run(config):
     "A run in a new directory, after the epoch that fills its store."
-    torch._dynamo.reset()                         # another micro-batch in one process would make sizes symbolic
+    torch._dynamo.reset()                         # a second micro-batch would make sizes symbolic
     run = Run(config, Path(tempfile.mkdtemp()) / "run")
     steps = 1 + (run.steps_per_epoch if needs_store(config.objective, config.estimate) else 1)
     for _ in range(steps):

@@ -22,6 +22,7 @@ from dddm.training import Run, build, step
 FILES, LARGEST = 3, 16 * 2 ** 20                  # weights come back in so many files, each smaller than this
 NET = dict(base=96, blocks=2, dropout=0.1)        # 22.7 M parameters
 STEPS = (1, 2, 5)
+RESERVE = 10                                      # seconds for what comes after the training
 
 job = Job(
     __doc__.splitlines()[0], dry_budget=60, budget=540,
@@ -117,35 +118,45 @@ def score(run, reference):
     return row["scoring_seconds"]
 
 
+def plan(run, progress, rate, pause):
+    """Set the run's length: the steps that there is time for lead from `progress` to `until`.
+
+    Noise levels and learning rate follow run.done / run.steps, so the two are set together. rate: seconds a step;
+    pause: seconds that a scoring takes.
+    """
+    scorings = job.left() // EVERY + 1
+    steps = max(1, int((job.left() - RESERVE - scorings * pause) / rate))
+    run.steps = max(round(steps / (until - progress)), 1)
+    run.done = round(progress * run.steps)
+    speed = dict(seconds_a_step=rate, images_per_second=run.config.batch / rate)
+    job.results.setdefault("plans", []).append(dict(speed, progress=progress, steps=steps))
+
+
 def train():
     "From the share of training that is done to `--until`, in the time that is left; scored every `EVERY` s."
-    run, before = open_run()
-    if not before < until <= 1:
-        raise ValueError(f"--until {until}: must be over the {before} that is done, and at most 1")
+    run, progress = open_run()
+    if not progress < until <= 1:
+        raise ValueError(f"--until {until}: must be over the {progress} that is done, and at most 1")
+    size = sum(p.numel() for p in run.bare.parameters())
+    job.results["run"] = dict(parameters=size, batch=run.config.batch, before=progress, until=until)
     extractor = load_extractor(EXTRACTOR, device=job.device)
     reference = reference_features(run.data, extractor, batch_size=500, progress=False)
-    reserve = 15 if cuda else 5
-    run.done, run.steps = round(before * 10 ** 6), 10 ** 6             # until the rate is known
-    pause = score(run, reference)
-    rate = seconds_a_step(run)
-    scores = job.left() // EVERY + 1
-    steps = max(10, int((job.left() - reserve - scores * pause) / rate))
-    # noise levels and rate follow run.done / run.steps: this session's steps lead from `before` to `until`
-    run.steps = max(round(steps / (until - before)), steps + 1)
-    run.done, end = round(before * run.steps), round(until * run.steps)
-    job.results["plan"] = dict(
-        seconds_a_step=rate, images_per_second=run.config.batch / rate, batch=run.config.batch,
-        parameters=sum(p.numel() for p in run.bare.parameters()),
-        before=before, until=until, steps=end - run.done, steps_of_whole=run.steps)
-    job.write()
-    last = time.perf_counter()
-    while run.done < end and job.left() > reserve + pause:
-        step(run)
-        if time.perf_counter() - last > EVERY:
-            pause = score(run, reference)
-            last = time.perf_counter()
-    score(run, reference)
-    return dict(done=run.done, planned=end, progress=run.done / run.steps)
+    run.done, run.steps = round(progress * 10 ** 6), 10 ** 6                 # until the rate is known
+    pause, total = score(run, reference), 0
+    plan(run, progress, seconds_a_step(run), pause)
+    while run.done < until * run.steps and job.left() > RESERVE + pause:
+        began, steps = time.perf_counter(), 0
+        while run.done < until * run.steps and job.left() > RESERVE + pause:
+            step(run)
+            steps += 1
+            if time.perf_counter() - began > EVERY:
+                break
+        job.wait()
+        rate, total = (time.perf_counter() - began) / max(steps, 1), total + steps
+        pause, progress = score(run, reference), run.done / run.steps
+        if progress < until:
+            plan(run, progress, rate, pause)
+    return dict(steps=total, progress=progress)
 
 
 def reload():
