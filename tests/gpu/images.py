@@ -121,8 +121,8 @@ def score(run, reference):
 def plan(run, progress, rate, pause):
     """Set the run's length: the steps that there is time for lead from `progress` to `until`.
 
-    Noise levels and learning rate follow run.done / run.steps, so the two are set together. rate: seconds a step;
-    pause: seconds that a scoring takes.
+    Noise levels and learning rate follow run.done / run.steps, so the two are set together.
+    rate: seconds a step; pause: seconds that a scoring takes.
     """
     scorings = job.left() // EVERY + 1
     steps = max(1, int((job.left() - RESERVE - scorings * pause) / rate))
