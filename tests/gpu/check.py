@@ -211,6 +211,13 @@ def compiled():
     return rates(True, MICRO_BATCHES[::-1][:2 if cuda else 1], 6 if cuda else 1)
 
 
+def choices():
+    "What a run decides by itself: micro-batch, compiled passes, number format."
+    torch._dynamo.reset()
+    run = Run(large(), Path(tempfile.mkdtemp()) / "run")
+    return dict(micro_batch=run.micro_batch, compiled=run.compiled, dtype=str(run.dtype))
+
+
 def loop_against_bare():
     "What a step costs over a bare compiled forward, backward and Adam of the same network, in turns."
     micro_batch = MICRO_BATCHES[-2]
@@ -318,7 +325,7 @@ def open_unet(size):
 
 STAGES = (                                      # seconds that each needs, seconds after which it is stopped
     (ceilings, 5, 30), (same_as_cpu, 20, 90), (whole_runs, 20, 80), (syncs, 10, 60), (eager, 20, 80),
-    (compiled, 60, 150), (loop_against_bare, 60, 120), (sampling, 20, 90), (peers, 15, 60))
+    (compiled, 60, 150), (choices, 60, 120), (loop_against_bare, 60, 120), (sampling, 20, 90), (peers, 15, 60))
 for stage, need, limit in STAGES:
     job.stage(stage, need if cuda else 1, limit)
 job.finish()

@@ -78,7 +78,7 @@ def open_run():
         before = 0.0
         if job.options.weights:
             state, before = read_weights(job.options.weights)
-            run.bare.load_state_dict(state)
+            run.model.load_state_dict(state)
             run.ema.load_state_dict(state)
         try:
             step(run)
@@ -137,7 +137,7 @@ def train():
     run, progress = open_run()
     if not progress < until <= 1:
         raise ValueError(f"--until {until}: must be over the {progress} that is done, and at most 1")
-    size = sum(p.numel() for p in run.bare.parameters())
+    size = sum(p.numel() for p in run.model.parameters())
     job.results["run"] = dict(parameters=size, batch=run.config.batch, before=progress, until=until)
     extractor = load_extractor(EXTRACTOR, device=job.device)
     reference = reference_features(run.data, extractor, batch_size=500, progress=False)

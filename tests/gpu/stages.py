@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from dddm.losses import distance
-from dddm.objectives import OBJECTIVES, Part, estimate_of
+from dddm.objectives import Part, objective_value
 
 
 class OutOfTime(BaseException):
@@ -150,10 +150,9 @@ def random_part(config, n, device="cpu"):
     part = Part(
         x0=normal().clamp(-1, 1), estimate=normal().clamp(-1, 1),
         noise=normal(), first=normal(), second=normal(),
-        t=torch.randint(1, config.T + 1, (n,), generator=g),
-        again=torch.arange(n) % 2 == 0, u=(torch.arange(n) + 0.5) / n,
+        t=torch.randint(1, config.T + 1, (n,), generator=g), u=(torch.arange(n) + 0.5) / n,
         label=None if config.classes is None else torch.arange(n) % config.classes,
-        progress=0.4, epoch=1, seed=5)
+        progress=0.4, epoch=1)
     moved = {name: v.to(device) for name, v in vars(part).items() if torch.is_tensor(v)}
     return replace(part, **moved)
 
@@ -161,7 +160,5 @@ def random_part(config, n, device="cpu"):
 def objective_loss(model, config, part):
     "The configuration's objective on a `Part`: distances [B]."
     d = distance(config.distance, c=config.c).to(part.x0.device)
-    estimate = estimate_of(config.objective, config.estimate)
-    function = OBJECTIVES[config.objective][0]
-    options = dict(estimate=estimate, level_range=config.levels, rungs=config.rungs)
-    return function(model, d, model.schedule, part, **options)[0]
+    options = (config.estimate, config.levels, config.rungs)
+    return objective_value(config.objective, model, d, model.schedule, part, *options)[0]
