@@ -463,6 +463,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'dddm.unet.Embedding': ('unet.html#embedding', 'dddm/unet.py'),
                            'dddm.unet.Embedding.__init__': ('unet.html#embedding.__init__', 'dddm/unet.py'),
                            'dddm.unet.Embedding.forward': ('unet.html#embedding.forward', 'dddm/unet.py'),
+                           'dddm.unet.GroupNorm': ('unet.html#groupnorm', 'dddm/unet.py'),
+                           'dddm.unet.GroupNorm.forward': ('unet.html#groupnorm.forward', 'dddm/unet.py'),
                            'dddm.unet.ResBlock': ('unet.html#resblock', 'dddm/unet.py'),
                            'dddm.unet.ResBlock.__init__': ('unet.html#resblock.__init__', 'dddm/unet.py'),
                            'dddm.unet.ResBlock.forward': ('unet.html#resblock.forward', 'dddm/unet.py'),

@@ -1,16 +1,20 @@
 "What the training notebook cannot show: real processes, kills, damage, a full disk, two devices."
 import dataclasses
+import errno
 import json
 import math
+import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from dddm import training
@@ -423,6 +427,52 @@ def test_a_distance_that_has_not_seen_imagenet_trains(tmp_path):
     losses = [r["loss"] for r in history(tmp_path / "run")]
     assert len(losses) and all(math.isfinite(v) and v > 0 for v in losses)
     with pytest.raises(ValueError, match="digts"): training.open_distance(TrainConfig(**{**fields, "distance_options": dict(features="digts")}))
+
+
+def test_disks_that_cannot_lock_or_flush_folders_warn(tmp_path, monkeypatch):
+    "flock on Lustre or FUSE, fsync of a folder on CIFS, no fcntl on Windows: the run goes on."
+    config, real = TrainConfig(**{**TINY, "epochs": 1}), os.fsync
+
+    def refuse(*args): raise OSError(errno.ENOSYS, "not implemented")
+
+    def no_folders(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode): raise OSError(errno.EINVAL, "invalid")
+        real(fd)
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be locked"):
+        patch.setattr("fcntl.flock", refuse)
+        train(config, tmp_path / "unlocked", progress=False)
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be locked .*no flock"):
+        patch.setattr(training, "fcntl", None)
+        train(config, tmp_path / "windows", progress=False)
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot flush a folder"):
+        patch.setattr(os, "fsync", no_folders)
+        train(config, tmp_path / "unflushed", progress=False)
+    assert_same_run(tmp_path / "unlocked", tmp_path / "unflushed")
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    train(TrainConfig(**{**TINY, "epochs": 1, "store_path": "~/rows"}), "~/run", progress=False)
+    assert {p.name for p in (tmp_path / "home").iterdir()} == {"run", "rows"} and not (tmp_path / "~").exists()
+    assert load("~/run") is not None
+
+
+def test_a_run_on_images_that_moved_goes_on(tmp_path, monkeypatch):
+    "Spelt otherwise, or elsewhere: the same pictures. Others are refused."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDDM_CACHE", str(tmp_path / "cache"))
+    for folder, first in (("pics", 0), ("elsewhere", 0), ("others", 9)):
+        (tmp_path / folder).mkdir()
+        for i in range(8): Image.new("RGB", (8, 8), (first + i, 9, 9)).save(tmp_path / folder / f"{i}.png")
+    fields = {**TINY, "shape": (3, 8, 8), "batch": 4, "net": dict(base=8, multipliers=(1,), attention=(), estimate=(8,))}
+    config = lambda data, epochs: TrainConfig(**{**fields, "data": data, "epochs": epochs})
+    train(config("pics", 1), "run", progress=False)
+    assert "pics: 8 images of 8x8, RGB" in (tmp_path / "run" / "data.txt").read_text()
+    for epochs, data in enumerate(("pics/", str(tmp_path / "pics"), "elsewhere"), 2): train(config(data, epochs), "run", progress=False)
+    with pytest.raises(ValueError, match="other images"): train(config("others", 6), "run", progress=False)
 
 
 @pytest.mark.slow

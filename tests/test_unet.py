@@ -1,4 +1,5 @@
 """The U-Net: what the lesson has no room for. Shapes at the paper's sizes, each kind of bad input, an independent cross-attention."""
+import copy
 import json
 import math
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from dddm.model import DDDM
 from dddm.schedule import VPSchedule
-from dddm.unet import CrossAttention, Resample, SelfAttention, UNet, describe, grid_positions, group_norm
+from dddm.unet import CrossAttention, Dropout, Resample, SelfAttention, UNet, describe, grid_positions, group_norm, seed_dropout
 
 SIZES = {
     "digits": dict(shape=(1, 8, 8), base=32, multipliers=(1, 2), blocks=2, attention=(8, 4), estimate=(8, 4)),
@@ -234,3 +235,69 @@ def test_bad_calls():
         (lambda: net(x_t[:, :1], t, estimate, label), "x_t has shape"), (lambda: net(x_t, t, estimate[..., ::2], label), "x0_estimate has shape"),
     ]:
         with pytest.raises(ValueError, match=words): call()
+
+
+def test_dropout_is_a_function_of_seed_layer_and_place():
+    "The hash in plain Python integers; another seed or layer is unrelated; the share that is kept; its gradient."
+    def mix(x):
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    layer, seed = Dropout(0.3, number=5), 0x2B8D_1234_9ABC_DEF0
+    layers = nn.ModuleList([layer, nn.Linear(1, 1)])
+    seed_dropout(layers, seed)
+    x = torch.ones(4, 3, 8, 8, requires_grad=True)
+    out = layer(x)
+    low, high = seed & 0x7FFFFFFF, seed >> 31 & 0x7FFFFFFF
+    bits = [mix((mix(place ^ low) + mix(high + 5)) % 2**32) & 0x7FFFFFFF for place in range(x.numel())]
+    assert (out.flatten() > 0).tolist() == [b >= int(0.3 * 2**31) for b in bits]
+    assert torch.equal(out, (out > 0) / (1 - 0.3))
+    out.sum().backward()
+    assert torch.equal(x.grad, out.detach())
+    many = torch.ones(200_000)
+    kept = {}
+    for seed, number in ((1, 0), (2, 0), (1, 1)):
+        layer.number = number
+        seed_dropout(layers, seed)
+        kept[seed, number] = layer(many) > 0
+        assert abs(kept[seed, number].float().mean() - 0.7) < 0.004
+    for other in ((2, 0), (1, 1)): assert abs((kept[1, 0] == kept[other]).float().mean() - 0.58) < 0.005
+    assert torch.equal(layers.eval()[0](many), many)
+
+
+def test_dropout_without_a_seed_is_torchs():
+    net = UNet(shape=(1, 8, 8), base=8, multipliers=(1,), attention=(), estimate=(8,), dropout=0.5)
+    drops = [m for m in net.modules() if isinstance(m, Dropout)]
+    assert [m.number for m in drops] == [*range(len(drops))] and not any(k.endswith("seed") for k in net.state_dict())
+    x = torch.ones(100)
+    assert not torch.equal(drops[0](x), drops[0](x))
+    seed_dropout(net, 3)
+    assert torch.equal(drops[0](x), drops[0](x)) and not torch.equal(drops[0](x), drops[1](x))
+    twin = copy.deepcopy(net)
+    seed_dropout(twin, 4)
+    assert net.down[0].blocks[0].residual.dropout.seed == 3, "a copy has a seed of its own"
+    seed_dropout(net, None)
+    assert not torch.equal(drops[0](x), drops[0](x))
+
+
+def test_a_forward_derivative_compiles():
+    "A JVP through the whole network as one graph, and the gradient of it, against eager."
+    net = awake(base=16, multipliers=(1,), attention=(), estimate=(16,))
+    x, t, estimate, _ = inputs(net)
+    direction = torch.ones_like(x)
+
+    def derivative(x, direction):
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return torch.func.jvp(lambda x: net(x, t, estimate), (x,), (direction,))[1]
+
+    def gradient(f):
+        net.zero_grad()
+        value = f(x, direction)
+        value.square().sum().backward()
+        return value.detach(), net.stem.weight.grad.clone()
+
+    expected = gradient(derivative)
+    torch.compiler.reset()
+    found = gradient(torch.compile(derivative, backend="aot_eager", fullgraph=True, dynamic=False))
+    for a, b in zip(found, expected, strict=True): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
