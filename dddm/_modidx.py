@@ -386,6 +386,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dddm.training.TrainConfig.to_dict': ('training.html#trainconfig.to_dict', 'dddm/training.py'),
                                'dddm.training.accumulate': ('training.html#accumulate', 'dddm/training.py'),
                                'dddm.training.as_good': ('training.html#as_good', 'dddm/training.py'),
+                               'dddm.training.awake': ('training.html#awake', 'dddm/training.py'),
                                'dddm.training.build': ('training.html#build', 'dddm/training.py'),
                                'dddm.training.check_config': ('training.html#check_config', 'dddm/training.py'),
                                'dddm.training.check_data': ('training.html#check_data', 'dddm/training.py'),

@@ -29,11 +29,11 @@ from .store import seeded_normal, to_device
 class Part:
     r"""What an objective sees: B samples of one training step. Images are [B, C, H, W].
 
-    x0: the data; estimate: the store's rows $x_0^{(n)}$, or None where the objective keeps none; t: long [B] ~ U{1..T};
+    x0: the data; estimate: the store's rows $x_0^{(n)}$, or None where the objective keeps none; t: long [B] ~ U{1..T}, unless `prepare` sets it;
     noise ~ N(0, I); first: N(0, I), for an estimate that knows nothing; u: [B] ~ U(0, 1); label: long [B] or None.
     progress: share of the training done, in [0, 1); epoch: from 0. second: as first, for the smaller side of `consistency`
     (None: `first` for both). again: under "self", one in so many rows is given the model's own estimate.
-    lower (long [B], the level below t) and weight: see `Objective.prepare`, which sets them.
+    lower: long [B], the level below t; weight: [B] or []. `Objective.prepare` sets these two.
     """
     x0: torch.Tensor
     estimate: torch.Tensor | None
@@ -146,7 +146,7 @@ def spaced(T: int, beta_min: float, beta_max: float, n: int, rho: float | None, 
 
 def ladder(T: int, beta_min: float, beta_max: float, n: int, rungs: str = "lognormal", progress: float = 0.0,
            device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    r"""n levels [m + 1], m <= n; the distribution over their intervals as a cumulative sum from 0 to 1 [m + 1]; each interval's weight [m].
+    r"""The times of n levels [m + 1], m <= n after rounding; the distribution over their intervals as a cumulative sum from 0 to 1 [m + 1]; each interval's weight [m].
 
     Which rungs are drawn decides what a model is good for: lognormal attends to small noise, which re-noising asks for, and draws
     t = T once in hundreds to thousands; uniform and rising exist because one step asks at t = T.
@@ -348,7 +348,8 @@ def generate(model, sampler: str | None = None, n: int = 16, steps=(1, 2, 5, 20,
             x_T, x0 = (here(v) for v in draws(seed, index, model.shape))
             noise = (lambda k: here(seeded_normal(seed, index, model.shape, RENOISE_STREAM + k))) if sampler == "renoise" else None
             found = {s: _down(model, x_T, s, None if label is None else label[rows], noise, clamp, x0) for s in steps}
-            finite = torch.stack([x.isfinite().all() for x in found.values()])
-            arrivals.put(rows, found, torch.where(finite.all(), 0, steps[0]))
+            bad = torch.zeros((), dtype=torch.long, device=like.device)
+            for s in reversed(steps): bad = torch.where(found[s].isfinite().all(), bad, s)
+            arrivals.put(rows, found, bad)
         arrivals.finish()
     return out

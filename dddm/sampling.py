@@ -171,8 +171,8 @@ def sampling_dtype(model, precision: str = "float32", label: int | None = None) 
     """
     refuse_unknown("precision", precision, PRECISIONS)
     if precision != "auto": return getattr(torch, precision)
-    weight = next(model.parameters())
-    if not has_bfloat16(weight.device): return torch.float32
+    weight = next(model.parameters(), None)
+    if weight is None or model.shape is None or not has_bfloat16(weight.device): return torch.float32
     noise, x0 = (to_device(v, weight.device) for v in draws(0, range(64), model.shape))
     label = None if label is None else torch.full((64,), label, device=weight.device)
     x_t, differ = noise, []
@@ -184,7 +184,7 @@ def sampling_dtype(model, precision: str = "float32", label: int | None = None) 
             with torch.autocast("cuda", torch.bfloat16): rough = model(x0, a * x_t.clamp(-1, 1) + b * noise, t, label)
             differ.append((rough.float() - exact).square().mean().sqrt())
             x_t = exact
-    return torch.bfloat16 if max(differ) < 2 / 255 else torch.float32
+    return torch.bfloat16 if torch.stack(differ).max() < 2 / 255 else torch.float32         # a NaN is the largest
 
 def number_format(device, dtype):
     "A context in which networks on `device` are evaluated in `dtype`."

@@ -57,16 +57,14 @@ def decode(kept: torch.Tensor) -> torch.Tensor:
 
 # %% ../nbs/06_store.ipynb #06-store-012c
 def to_device(x: torch.Tensor, device) -> torch.Tensor:
-    "x on `device`; from the CPU to a GPU by way of pinned memory, so that nothing waits."
-    if torch.device(device).type == "cuda" and x.device.type == "cpu": x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+    "x on `device`; from the CPU to a GPU by way of pinned memory, so that nothing waits. Any other copy is a plain one."
+    if torch.device(device).type != "cuda" or x.device.type != "cpu": return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 def queued(device):
     "A function that waits until what is queued on `device` now is done; on a CPU, where nothing is queued, it returns at once."
     if torch.device(device).type != "cuda": return lambda: None
-    event = torch.cuda.Event()
-    event.record()
-    return event.synchronize
+    return torch.cuda.current_stream(device).record_event().synchronize
 
 # %% ../nbs/06_store.ipynb #06-store-022
 def allocate(rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
