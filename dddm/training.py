@@ -64,7 +64,7 @@ from .unet import UNet, seed_dropout
 CHOICES = dict(objective=tuple(OBJECTIVES), rungs=RUNGS, on_error=("stop", "skip"), precision=("auto", "float32", "bfloat16"), device=("auto", "cpu"), tracker=("tensorboard", "wandb"),
                store_dtype=("float32", "float16", "bfloat16", "uint8"))
 NET_FIELDS = tuple(k for k in inspect.signature(UNet).parameters if k not in ("shape", "classes"))
-MACHINE = ("device", "micro_batch", "precision", "compile", "recompute", "tracker", "log_every", "checkpoint_every", "sample_every",
+MACHINE = ("device", "micro_batch", "compile", "recompute", "tracker", "log_every", "checkpoint_every", "sample_every",
            "data_path", "download", "on_error")
 RESUMABLE = ("epochs", "sampler", "store_path", *MACHINE)         # may differ when a run goes on
 

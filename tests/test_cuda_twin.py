@@ -251,8 +251,10 @@ def test_a_sync_names_the_line_of_the_library():
         x.requires_grad_()
         store = EstimateStore(4, (1, 8, 8), device="cuda")
         store.write(torch.tensor([0, 1]), x)
+        assert not record.syncs
+        store.read(t)
         assert record.syncs and all(
-            where.startswith("store.py:") and where.endswith("(write)") for _, where in record.syncs
+            where.startswith("store.py:") and where.endswith("(locate)") for _, where in record.syncs
         )
         assert VPSchedule().diffuse(x, t, x).device == CUDA
 

@@ -40,6 +40,7 @@ class Job:
         self.began = time.perf_counter()
         self.cuda = torch.cuda.is_available() and not self.dry
         self.device = torch.device("cuda" if self.cuda else "cpu")
+        torch.set_float32_matmul_precision("high")                        # TF32, as `train` has it
         self.out = Path(os.environ.get("OUT") or tempfile.mkdtemp())
         self.out.mkdir(parents=True, exist_ok=True)
         name = torch.cuda.get_device_name() if self.cuda else "CPU"
