@@ -199,7 +199,10 @@ def test_compiles_without_graph_breaks(classes):
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*args), net(*args))
-    with torch.autocast("cpu", torch.bfloat16): torch.testing.assert_close(compiled(*args), net(*args))
+    exact = net(*args)
+    with torch.autocast("cpu", torch.bfloat16): rough = [f(*args) for f in (net, compiled)]
+    eager, graph = (((x - exact).norm() / exact.norm()).item() for x in rough)
+    assert 0 < graph < 1.5 * eager < 0.1, "in bfloat16 the graph rounds elsewhere, and no worse"
 
 
 def test_the_layout_of_the_input_does_not_matter():
