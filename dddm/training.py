@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import typing
+import uuid
 import warnings
 from dataclasses import dataclass, field
 from concurrent.futures import ThreadPoolExecutor
@@ -47,9 +48,6 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-try: import fcntl
-except ImportError: fcntl = None                                     # Windows
-
 from . import data as images
 from .features import trunk
 from .losses import distance, refuse_unknown
@@ -57,7 +55,7 @@ from .model import DDDM
 from .objectives import OBJECTIVES, RUNGS, Part, assemble, estimate_of, generate, needs_store, sampler_of, with_levels
 from .sampling import has_bfloat16, save_grid
 from .schedule import VPSchedule
-from .store import EstimateStore, queued, to_device
+from .store import EstimateStore, lock, queued, to_device
 from .unet import UNet, seed_dropout
 
 # %% ../nbs/09_training.ipynb #09-training-005
@@ -342,19 +340,20 @@ def claim_directory(config: TrainConfig, out: Path, resume: bool = True) -> None
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / ".config.json"
     temporary.write_text(json.dumps(config.to_dict(), indent=1))
-    fsync(temporary); temporary.rename(out / "config.json"); fsync(out)
+    fsync(temporary)
+    temporary.rename(out / "config.json")
+    if not (out / ".id").exists():
+        temporary.write_text(uuid.uuid4().hex)                       # who the run is, for its store's file
+        fsync(temporary)
+        temporary.rename(out / ".id")
+    fsync(out)
 
 @contextlib.contextmanager
 def locked(out: Path):
     "Within, no other process trains in `out`: `FileExistsError` where one does. The lock ends with its process, however that ends."
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as f:
-        try:
-            if fcntl is None: raise OSError("this system has no flock")
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"another process is training in {out}; wait for it, stop it, or choose another directory") from None
-        except OSError as e: warnings.warn(f"{out} cannot be locked ({e}): make sure that no other process trains in it")
+        lock(f, f"another process is training in {out}; wait for it, stop it, or choose another directory")
         yield
 
 def check_data(config: TrainConfig, data) -> None:
@@ -433,7 +432,8 @@ def open_store(config: TrainConfig, n: int, rank: int, world: int, device) -> Es
 class Run:
     """A run of algorithm 1 as one rank sees it. `step` moves it by a global batch; `save` and `restore` keep it.
 
-    hold: an exit stack that gets the directory's lock before anything in it is touched (None: no lock).
+    hold: an exit stack that gets the locks of the directory and of the store's file before anything in them is touched
+    (None: no locks).
     Raises before any work, through the functions it calls, where configuration, images or directory do not fit.
     """
     def __init__(self, config: TrainConfig, out, resume: bool = True, hold: contextlib.ExitStack | None = None):
@@ -463,6 +463,8 @@ class Run:
             if isinstance(m, UNet): m.recompute = config.recompute
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=self.device.type in ("cpu", "cuda"))
         self.store = open_store(config, len(data), self.rank, self.world, self.device)
+        if self.store is not None and hold is not None:
+            hold.enter_context(self.store.owned((self.out / ".id").read_text(), str(self.out.absolute())))
         self.done, self.order = 0, (None, None)                  # steps done; this epoch's batches
         self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)   # loss and count by quarter of t since the last log
         self.told, self.stop, self.coming = False, False, None   # a signal came; all ranks are to stop; flags on their way from the device

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dddm import store as store_module
 from dddm import training
 from dddm.data import digits
 from dddm.training import TrainConfig, checkpoints, epoch_batches, history, load, newest_checkpoint, train
@@ -171,6 +172,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     config = write_config(tmp_path / "config.json")
     code = f"""
 import resource, signal, sys
+from dddm import store as store_module
 from dddm import training
 from dddm.data import digits
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -443,7 +445,7 @@ def test_disks_that_cannot_lock_or_flush_folders_warn(tmp_path, monkeypatch):
         patch.setattr("fcntl.flock", refuse)
         train(config, tmp_path / "unlocked", progress=False)
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be locked .*no flock"):
-        patch.setattr(training, "fcntl", None)
+        patch.setattr(store_module, "fcntl", None)
         train(config, tmp_path / "windows", progress=False)
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot flush a folder"):
         patch.setattr(os, "fsync", no_folders)
