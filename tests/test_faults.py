@@ -9,10 +9,11 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from dddm import training
+from dddm import explore, metrics, training
 from dddm.store import PAGE, EstimateStore, read_page
-from dddm.training import TrainConfig, train
+from dddm.training import TrainConfig, history, train
 
 TINY = dict(
     net=dict(base=8, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),
@@ -111,3 +112,108 @@ def test_space_for_the_store_is_reserved(tmp_path, monkeypatch):
     assert caught.value.filename == str(rows) and not rows.exists()
     monkeypatch.undo()
     train(tiny(store_path=str(rows)), tmp_path / "run", progress=False)
+
+
+# --- readers: what is damaged is named, and shortens nothing ---
+
+def test_a_torn_last_line_is_dropped_and_damage_amid_the_lines_is_told(tmp_path):
+    run = train(tiny(), tmp_path / "run", progress=False)
+    path, records = run / "history.jsonl", history(run)
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(records) == 6
+    path.write_bytes(b"".join(lines) + lines[-1][:20])
+    assert history(run) == records
+    for harm in (b"\0" * 30 + b"\n", b"{}\n", b"[1]\n", b'{"step": "3"}\n', b'{"step": 3, "epoch": 1}\n', b"\xff\n"):
+        path.write_bytes(b"".join([*lines[:2], harm, *lines[3:]]))
+        with pytest.warns(UserWarning, match=r"line 3 of .*history.jsonl is damaged"): found = history(run)
+        assert found == records[:2] + records[3:]
+    with pytest.warns(UserWarning, match="line 3 of .*history.jsonl"):
+        train(tiny(epochs=3), run, progress=False)                    # the run goes on, and the damage stays visible
+    with pytest.warns(UserWarning, match="line 3 of .*history.jsonl"): found = history(run)
+    alone = train(tiny(epochs=3), tmp_path / "alone", progress=False)
+    assert found == [r for r in history(alone) if r["step"] != 3]
+
+
+def test_a_torn_line_is_no_warning(tmp_path, recwarn):
+    good = dict(step=1, epoch=0.1, loss=1.0, loss_by_t=[1, 1, 1, 1.5])
+    (tmp_path / "history.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good)[:-9])
+    assert history(tmp_path) == [good] and not recwarn.list
+    (tmp_path / "history.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good))
+    assert history(tmp_path) == [good, good] and not recwarn.list
+
+
+MANIFESTS = ('{"model.safetensors": 3}', '{"model.safetensors": {}}', '{"model.safetensors": {"bytes": "1", "sha256": 2}}', "3", "{", "")
+
+
+def test_a_damaged_manifest_gives_way_to_the_checkpoint_before(tmp_path):
+    run = train(tiny(epochs=1), tmp_path / "run", progress=False)
+    before, newest = training.checkpoints(run / "checkpoints")
+    for text in MANIFESTS:
+        (newest / "manifest.json").write_text(text)
+        with pytest.warns(UserWarning, match="step-3 is damaged: manifest.json"):
+            assert training.newest_checkpoint(run) == before
+    with pytest.warns(UserWarning, match="damaged"): train(tiny(epochs=1), run, progress=False)
+    assert training.newest_checkpoint(run) == newest
+
+
+def test_a_damaged_model_file_is_named(tmp_path):
+    run = train(tiny(epochs=1), tmp_path / "run", progress=False)
+    path = tmp_path / "model.safetensors"
+    explore.export_model(run, path, "a test", "python")
+    about, tensors = explore.about_model(path), load_file(path)
+    for wrong in ([], 3, {**about, "config": None}, {**about, "description": 1}, {k: v for k, v in about.items() if k != "config"}):
+        save_file(tensors, path, {"dddm": json.dumps(wrong)})
+        with pytest.raises(ValueError, match="model.safetensors"): explore.read_model(path)
+    save_file(dict(list(tensors.items())[1:]), path, {"dddm": json.dumps(about)})
+    with pytest.raises(ValueError, match="model.safetensors is damaged"): explore.read_model(path)
+
+
+def test_damaged_features_and_results_are_named(tmp_path):
+    tensor, path = torch.zeros(1), tmp_path / "f.safetensors"
+    for about in ({}, {"identity": "{"}, {"identity": "[]"}, {"identity": "{}"}):
+        save_file({"mu": tensor}, path, {"format": metrics.FORMAT, **about})
+        found, why = metrics.read_features(path, {})
+        assert found is None and why
+    for content in ({}, {"runs": []}, {"runs": {"a": {"fd": {}}}, "about": {}}, {"runs": {"a": 3}, "about": {}}):
+        (tmp_path / "r.json").write_text(json.dumps({"format": "dddm-results-1", **content}))
+        with pytest.raises(ValueError, match="r.json"): metrics.load_results(tmp_path / "r.json")
+
+
+# --- writers: a name means a finished file ---
+
+CUT = """
+import os, sys
+from dddm.store import whole_file
+with whole_file(sys.argv[1]) as part:
+    part.write_bytes(b"half")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_kill_while_writing_leaves_the_file_that_was(tmp_path):
+    path = tmp_path / "file.txt"
+    for before in (None, "whole"):
+        if before: path.write_text(before)
+        assert subprocess.run([sys.executable, "-c", CUT, str(path)]).returncode == -9
+        assert path.exists() == bool(before) and (not before or path.read_text() == before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_others_may_read_what_is_written(tmp_path):
+    "safetensors keeps its files to their owner; the umask decides here."
+    before = os.umask(0o022)
+    try: run = train(tiny(epochs=1), tmp_path / "run", progress=False)
+    finally: os.umask(before)
+    kept = [p for p in run.rglob("*") if p.is_file()]
+    assert {oct(p.stat().st_mode & 0o777) for p in kept} == {"0o644"} and len(kept) > 8
+    assert not [p for p in kept if ".part" in p.name]
+
+
+def test_a_grid_that_a_kill_cut_short_is_made_again(tmp_path):
+    run = train(tiny(epochs=1), tmp_path / "run", progress=False)
+    picture = next(run.glob("samples/*.png"))
+    whole = picture.read_bytes()
+    for cut in (b"", whole[:100], whole[:-1]):
+        picture.write_bytes(cut)
+        train(tiny(epochs=1), run, progress=False)
+        assert picture.read_bytes() == whole
