@@ -60,7 +60,7 @@ def export_model(run_directory, path, description: str, command: str) -> str:
     if config["data"] not in ("digits", *KNOWN): config["data"] = f"folder {Path(config['data']).name}"          # no name of a built-in one
     about = dict(format=FORMAT, description=description, command=command, objective=config["objective"], config=config)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    content = save(half, {"dddm": json.dumps(about, sort_keys=True)})            # one entry: the order of several is not fixed
+    content = save(half, {"dddm": json.dumps(about, sort_keys=True)})      # one entry: several have no fixed order
     with whole_file(path) as part: part.write_bytes(content)
     return training.sha256(Path(path))
 
@@ -80,8 +80,10 @@ def read_model(path) -> DDDM:
     "The model in a file of `export_model`, in eval mode, float32, on the CPU."
     try:
         model = training.build(training.TrainConfig.from_dict(about_model(path)["config"]))
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
-    except (RuntimeError, TypeError) as e: raise ValueError(f"{path} is damaged: its weights are of another network ({e})") from e
+        weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"{path} is damaged: its weights are of another network ({e})") from e
     return model.eval()
 
 # %% ../nbs/12_explore.ipynb #12-explore-007
@@ -734,7 +736,8 @@ def save_trajectory(trajectory: Trajectory, path, steps=None, images: int = 8, m
         return path
     frames = [captioned(grid(x[k], x.shape[1], scale), [f"{s:,} steps"]) for k, s in enumerate(steps)]
     duration = [milliseconds] * (len(frames) - 1) + [10 * milliseconds]
-    with whole_file(path) as part: frames[0].save(part, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    with whole_file(path) as part:
+        frames[0].save(part, save_all=True, append_images=frames[1:], duration=duration, loop=0)
     return path
 
 # %% ../nbs/12_explore.ipynb #12-explore-071

@@ -488,7 +488,8 @@ def save_results(path, runs: dict[str, dict[str, Result]], **about) -> None:
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     rows = {label: {name: asdict(r) for name, r in found.items()} for label, found in runs.items()}
     with whole_file(path) as part:
-        part.write_text(json.dumps({"format": "dddm-results-1", "about": about, "runs": rows}, indent=1) + "\n")
+        content = {"format": "dddm-results-1", "about": about, "runs": rows}
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 def load_results(path) -> tuple[dict[str, dict[str, Result]], dict]:
     "What `save_results` wrote: ({label: {name: Result}}, about). `ValueError` on another file."
@@ -496,9 +497,10 @@ def load_results(path) -> tuple[dict[str, dict[str, Result]], dict]:
     except ValueError as e: raise ValueError(f"{path} is no JSON file ({e})") from None
     if not isinstance(kept, dict) or kept.get("format") != "dddm-results-1": raise ValueError(f"{path} was not written by save_results")
     try:
-        runs = {label: {name: Result(**r) for name, r in rows.items()} for label, rows in kept["runs"].items()}
-        return runs, kept["about"]
-    except (KeyError, TypeError, AttributeError) as e: raise ValueError(f"{path} is damaged ({type(e).__name__}: {e})") from e
+        results = lambda rows: {name: Result(**r) for name, r in rows.items()}
+        return {label: results(rows) for label, rows in kept["runs"].items()}, kept["about"]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-051
 def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, float]:

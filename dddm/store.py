@@ -89,12 +89,13 @@ def allocate(rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, 
 # %% ../nbs/06_store.ipynb #06-store-022c
 @contextlib.contextmanager
 def whole_file(path):
-    """A path to write to, beside `path`; at the end that file is flushed and gets the name `path`. Where writing fails it is removed.
+    """A path to write to, beside `path`; at the end that file is flushed and gets the name `path`.
 
-    Others may read it as the umask says, also where the library that writes it (safetensors) keeps files to their owner.
+    Where writing fails it is removed. Others may read it as the umask says, also where the library that
+    writes it (safetensors) would keep it to its owner.
     """
     path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")      # the suffix tells PIL the format
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")    # PIL reads the suffix
     try:
         part.touch()
         mode = part.stat().st_mode & 0o777
@@ -267,7 +268,7 @@ def clear(self: EstimateStore) -> None:
 def lock(file, refusal: str) -> None:
     """Lock an open file until it is closed, or its process ends.
 
-    `FileExistsError(refusal)` where another process has locked it. Where the disk or the system has no locks: a warning.
+    `FileExistsError(refusal)` where another process has locked it; a warning where there are no locks.
     """
     try:
         if fcntl is None: raise OSError("this system has no flock")
@@ -285,17 +286,18 @@ def reserve(self: EstimateStore) -> None:
         with open(self.path, "r+b") as f: os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     except OSError as e:
         if e.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS): return
-        if self.unwritten == len(self.written): Path(self.path).unlink()      # nothing is lost, blocks are freed
-        raise OSError(e.errno, f"the estimate store needs {self.nbytes/1e9:.2f} GB and cannot have them "
-                               f"({e.strerror}); free some space or choose another path", str(self.path)) from e
+        if self.unwritten == len(self.written): Path(self.path).unlink()      # no row is lost
+        what = f"the estimate store needs {self.nbytes/1e9:.2f} GB and cannot have them ({e.strerror}); "
+        raise OSError(e.errno, what + "free some space or choose another path", str(self.path)) from e
 
 @patch
 @contextlib.contextmanager
 def owned(self: EstimateStore, run: str, directory: str = ""):
     """Within, the store's file belongs to the run of this identity, is locked, and has all its disk space.
 
-    directory: where the run lives, for the message to others. A file without an owner becomes the run's. A store in memory
-    needs none of this. `FileExistsError` where the file is another run's, or in use; `OSError` where the disk is too small.
+    directory: where the run lives, for the message to others. A file without an owner becomes the run's.
+    A store in memory needs none of this. `FileExistsError` where the file is another run's, or in use;
+    `OSError` where the disk is too small.
     """
     if self.path is None:
         yield
@@ -306,8 +308,8 @@ def owned(self: EstimateStore, run: str, directory: str = ""):
         about = read_page(self.path)
         owner = about.get("owner") or {"run": run}
         if owner.get("run") != run:
-            raise FileExistsError(f"the store file {self.path} belongs to another run, in {owner.get('directory')}: give this "
-                                  "run another store_path, or remove the file if that run is over")
+            raise FileExistsError(f"the store file {self.path} belongs to another run, in {owner.get('directory')}: "
+                                  "give this run another store_path, or remove the file if that run is over")
         file.write(page({**about, "owner": {"run": run, "directory": directory[-300:]}}))
         file.flush()
         os.fsync(file.fileno())

@@ -9,10 +9,11 @@ __all__ = ['CHOICES', 'NET_FIELDS', 'MACHINE', 'RESUMABLE', 'NUMBERS', 'TrainCon
            'read_config', 'check_directory', 'claim_directory', 'locked', 'check_data', 'check_disk', 'step_dtype',
            'tf32', 'start_accelerator', 'load_images', 'open_distance', 'place_images', 'open_store', 'Run',
            'pass_value', 'make_part', 'filled_up', 'evaluate_part', 'accumulate', 'sum_gradients', 'last_good',
-           'not_finite', 'step', 'set_dropout', 'notice', 'read_flags', 'notice_last', 'save', 'restore', 'parse_line',
-           'is_quarters', 'read_lines', 'trim_history', 'log', 'memory_in_use', 'history', 'grid_path', 'is_whole_png',
-           'grid_due', 'sample_grid', 'trial', 'memory_of_trial', 'fitting_micro_batch', 'compile_pass', 'as_good',
-           'try_passes', 'describe', 'checkpoint_bytes', 'size_text', 'stop_signals', 'train', 'leave', 'main']
+           'way_back', 'not_finite', 'step', 'set_dropout', 'notice', 'read_flags', 'notice_last', 'save', 'go_back',
+           'check_world', 'restore', 'parse_line', 'is_quarters', 'read_lines', 'trim_history', 'log', 'memory_in_use',
+           'history', 'grid_path', 'is_whole_png', 'grid_due', 'sample_grid', 'trial', 'memory_of_trial',
+           'fitting_micro_batch', 'compile_pass', 'as_good', 'try_passes', 'describe', 'checkpoint_bytes', 'size_text',
+           'stop_signals', 'train', 'leave', 'main', 'end']
 
 # %% ../nbs/09_training.ipynb #09-training-002
 import argparse
@@ -266,8 +267,9 @@ def step_of(checkpoint: Path) -> int | None:
 # %% ../nbs/09_training.ipynb #09-training-031
 def is_manifest(found) -> bool:
     "Whether this is what `seal_checkpoint` writes: {name: {bytes, sha256}}, the model's weights among them."
-    entry = lambda was: isinstance(was, dict) and type(was.get("bytes")) is int and isinstance(was.get("sha256"), str)
-    return isinstance(found, dict) and "model.safetensors" in found and all(map(entry, found.values()))
+    if not isinstance(found, dict) or "model.safetensors" not in found: return False
+    return all(isinstance(was, dict) and type(was.get("bytes")) is int and type(was.get("sha256")) is str
+               for was in found.values())
 
 def damage(checkpoint: Path) -> str | None:
     "What is wrong with a checkpoint, in words, or None: every file of the manifest is there, as long as it was, with its sha256."
@@ -298,14 +300,20 @@ def newest_checkpoint(run: Path) -> Path | None:
 def load(run_directory, ema: bool = True) -> DDDM:
     """The run's `DDDM` in eval mode on the CPU, with averaged (`ema`) or raw weights.
 
+    A warning says where the average is still partly the random start of the weights.
     Raises `FileNotFoundError` where there is no run or no checkpoint yet, `ValueError` where config.json or all checkpoints are damaged.
     """
     run = Path(run_directory).expanduser()
-    model = build(read_config(run))
+    config = read_config(run)
+    model = build(config)
     checkpoint = newest_checkpoint(run)
     if checkpoint is None: raise FileNotFoundError(f"{run} has no checkpoint yet: let its training reach one, or stop it with Ctrl-C, which saves")
     try: model.load_state_dict(load_file(checkpoint / ("ema.safetensors" if ema else "model.safetensors")))
     except RuntimeError as e: raise ValueError(f"the weights of {checkpoint} are of another network than the one in {run / 'config.json'}: {e}") from e
+    start = 0.0 if config.ema_warmup else config.ema ** step_of(checkpoint)
+    if ema and start > 0.1:
+        warnings.warn(f"{checkpoint}: its average is still {start:.0%} the random start, since ema={config.ema} "
+                      "is slow for so few steps; load(..., ema=False) gives the weights themselves")
     return model.eval()
 
 def read_config(run) -> TrainConfig:
@@ -432,11 +440,12 @@ def open_store(config: TrainConfig, n: int, rank: int, world: int, device) -> Es
 class Run:
     """A run of algorithm 1 as one rank sees it. `step` moves it by a global batch; `save` and `restore` keep it.
 
-    hold: an exit stack that gets the locks of the directory and of the store's file before anything in them is touched
-    (None: no locks).
+    hold: an exit stack that gets the locks of the directory and of the store's file before anything in them is
+    touched (None: no locks). back: begin so many checkpoints before the newest.
     Raises before any work, through the functions it calls, where configuration, images or directory do not fit.
     """
-    def __init__(self, config: TrainConfig, out, resume: bool = True, hold: contextlib.ExitStack | None = None):
+    def __init__(self, config: TrainConfig, out, resume: bool = True,
+                 hold: contextlib.ExitStack | None = None, back: int = 0):
         self.config, self.out = config, Path(out).expanduser()
         self.accelerator = start_accelerator(config, self.out)
         self.rank, self.world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
@@ -454,6 +463,7 @@ class Run:
             if (there := max(map(step_of, checkpoints(self.out / "checkpoints")), default=0)) > self.steps:
                 raise ValueError(f"{self.out} holds {there:,} steps, more than the {self.steps:,} of epochs={config.epochs}; "
                                  f"give at least {math.ceil(there / self.steps_per_epoch)} epochs, or another directory")
+            go_back(self.out, back)
             claim_directory(config, self.out, resume)
             with whole_file(self.out / "data.txt") as part: part.write_text(data.summary() + "\n")
         self.accelerator.wait_for_everyone()
@@ -471,6 +481,7 @@ class Run:
         self.compiled, self.compute = False, pass_value
         self.micro_batch = config.micro_batch or math.ceil(config.batch / self.world)
         self.resumed = restore(self)
+        self.began = self.done
         try_passes(self)
         if config.tracker: self.accelerator.init_trackers("dddm", {k: str(v) for k, v in config.to_dict().items()})
 
@@ -554,9 +565,16 @@ def last_good(run: Run) -> str:
     found = checkpoints(run.out / "checkpoints")
     return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been saved before"
 
+def way_back(run: Run) -> str:
+    "`last_good`; and where this start went on from there and failed again, how to go back further."
+    found = checkpoints(run.out / "checkpoints")
+    if not (run.resumed and len(found) > 1 and step_of(found[-1]) == run.began): return last_good(run)
+    return (f"{last_good(run)}, from which this start went on: to go on from the one before, "
+            f"{found[-2].name}, give --back, or train(..., back=1)")
+
 def not_finite(run: Run, what: str, step: int, index: torch.Tensor) -> str:
-    return (f"{what} at step {step} (epoch {step // run.steps_per_epoch}), for the samples {index.tolist()}; {last_good(run)}. "
-            "Look at those images; a smaller lr or float32 may help")
+    return (f"{what} at step {step} (epoch {step // run.steps_per_epoch}), for the samples {index.tolist()}; "
+            f"{way_back(run)}. Look at those images; a smaller lr or float32 may help")
 
 # %% ../nbs/09_training.ipynb #09-training-047
 def step(run: Run) -> int:
@@ -622,7 +640,8 @@ def save(run: Run) -> None:
     moments = [v for state in run.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     kept = [*run.model.parameters(), *run.ema.parameters(), *moments]
     if not torch.stack([v.isfinite().all().to(run.device) for v in kept]).all():
-        raise FloatingPointError(f"the weights or their moments are not finite after step {run.done}; {last_good(run)}")
+        what = f"the weights or their moments are not finite after step {run.done}"
+        raise FloatingPointError(f"{what}; {way_back(run)}")
     folder = run.out / "checkpoints" / f".step-{run.done}"
     final = folder.with_name(f"step-{run.done}")
     if final.exists() and damage(final) is None: return
@@ -647,15 +666,41 @@ def save(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 # %% ../nbs/09_training.ipynb #09-training-050
+def go_back(out: Path, back: int) -> None:
+    """Drop the newest `back` checkpoints of a run; `ValueError` where no good one would be left.
+
+    They are renamed, and removed when the next one is saved.
+    """
+    if type(back) is not int or back < 0:
+        raise ValueError(f"back={back!r}: must be a whole number of checkpoints, 0 or more")
+    found = checkpoints(out / "checkpoints")
+    if back and not any(damage(checkpoint) is None for checkpoint in found[:-back]):
+        raise ValueError(f"back={back}: {out} has {len(found)} checkpoint(s), and no good one further back")
+    for checkpoint in found[len(found) - back:]:
+        shutil.rmtree(dropped := checkpoint.with_name(f".{checkpoint.name}"), ignore_errors=True)
+        checkpoint.rename(dropped)
+
+def check_world(run: Run, checkpoint: Path, world: int) -> None:
+    "Refuse another number of devices where each owns rows of the store; without a store it is a warning."
+    if world == run.world: return
+    if run.store is not None:
+        raise ValueError(f"{checkpoint} is of {world} device(s), this is {run.world}: each owns its rows "
+                         "of the store; resume on as many")
+    warnings.warn(f"{checkpoint} is of {world} device(s), this is {run.world}: samples come in another order "
+                  "from here on, so the run is not the one that as many devices would have made")
+
 def restore(run: Run) -> bool:
-    "Put the newest good checkpoint's state into `run`; False where there is none. Raises `ValueError` when it came from other images or another number of devices."
+    """Put the newest good checkpoint's state into `run`; False where there is none.
+
+    Raises `ValueError` when it came from other images, or with a store from another number of devices.
+    """
     checkpoint = newest_checkpoint(run.out)
     if checkpoint is None:
         trim_history(run, 0)                                         # a run that was killed before its first checkpoint leaves lines and rows
         if run.store is not None: run.store.clear()
         return False
     state = torch.load(checkpoint / "state.pt", map_location=run.device, weights_only=True)
-    if state["world"] != run.world: raise ValueError(f"{checkpoint} is of {state['world']} device(s), this is {run.world}: each owns its rows of the store; resume on as many")
+    check_world(run, checkpoint, state["world"])
     if state["data"] != run.data.fingerprint: raise ValueError(f"{checkpoint} was trained on other images than these of {run.data.name} (their fingerprints differ); give the same data, or another directory")
     run.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     run.ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
@@ -735,7 +780,8 @@ def is_whole_png(path: Path) -> bool:
 def grid_due(run: Run) -> bool:
     "Whether a grid belongs to this step and is not there, or not whole."
     c = run.config
-    return run.main and (run.done == run.steps or (c.sample_every > 0 and run.done % c.sample_every == 0)) and not is_whole_png(grid_path(run))
+    due = run.done == run.steps or (c.sample_every > 0 and run.done % c.sample_every == 0)
+    return run.main and due and not is_whole_png(grid_path(run))
 
 def sample_grid(run: Run, steps=(1, 5), n: int = 32) -> None:
     "Save a grid of the averaged model's samples: two rows of 16 for each number of steps, up to T. A failure is a warning: a picture is no reason to end a training."
@@ -743,7 +789,8 @@ def sample_grid(run: Run, steps=(1, 5), n: int = 32) -> None:
     try:
         blocks = generate(run.ema, n=n, steps=[s for s in steps if s <= run.config.T], seed=run.config.seed, label=label)
         grid_path(run).parent.mkdir(exist_ok=True)
-        with whole_file(grid_path(run)) as part: save_grid(torch.cat(list(blocks.values())), part, columns=n // 2)
+        with whole_file(grid_path(run)) as part:
+            save_grid(torch.cat(list(blocks.values())), part, columns=n // 2)
     except Exception as e: warnings.warn(f"no grid of samples at step {run.done:,} ({type(e).__name__}: {e}); the training goes on")
 
 # %% ../nbs/09_training.ipynb #09-training-055
@@ -868,18 +915,20 @@ def stop_signals():
         for s, handler in before.items(): signal.signal(s, handler)
 
 # %% ../nbs/09_training.ipynb #09-training-058
-def train(config: TrainConfig, out, resume: bool = True, callback=None, progress: bool = True) -> Path:
+def train(config: TrainConfig, out, resume: bool = True, callback=None, progress: bool = True,
+          back: int = 0) -> Path:
     """Train `config` by algorithm 1 in the directory `out`; returns it when the run is finished.
 
     resume: go on from the newest checkpoint in `out` (the result is that of an unbroken run of as many epochs; more epochs than it was begun with
     give the longer run, but for objectives and rates that follow the share of training done: a warning says so). callback: called with each history record.
+    back: go on from so many checkpoints before the newest, where that one leads to a failure.
     Leaves config.json, data.txt (how the images were understood), history.jsonl, speed.jsonl, samples/ and checkpoints/. Raises before any work where the configuration, the
     images, the directory or the disk do not fit; `FloatingPointError` on a loss that is not finite; after a SIGINT or SIGTERM it saves and
     raises `KeyboardInterrupt` or `SystemExit`. The caller's random state is left as it was.
     """
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(gpus), tf32(), contextlib.ExitStack() as stack:
-        run = Run(config, out, resume, stack)
+        run = Run(config, out, resume, stack, back)
         if run.main:
             check_disk(run.out, 3 * checkpoint_bytes(run))
             if progress: print(run.data.summary(), describe(run), sep="\n", flush=True)
@@ -916,10 +965,20 @@ def main(argv=None) -> None:
     parser.add_argument("config", help="a JSON file with the fields of TrainConfig, as `python -m dddm.presets NAME` prints it")
     parser.add_argument("--out", required=True, help="the run's directory; a run that is there is resumed")
     parser.add_argument("--fresh", action="store_true", help="refuse to resume")
+    parser.add_argument("--back", type=int, nargs="?", const=1, default=0, metavar="K",
+                        help="go on from K (1) checkpoints before the newest, where that leads to a failure")
     args = parser.parse_args(argv)
     try: config = TrainConfig.from_dict(json.loads(Path(args.config).read_text()))
     except (OSError, ValueError) as e: parser.error(f"{args.config}: {e}")
-    train(config, args.out, resume=not args.fresh)
+    try: train(config, args.out, resume=not args.fresh, back=args.back)
+    except (ValueError, OSError, FloatingPointError) as e: end(" ".join(str(e).split()), 2)
+    except KeyboardInterrupt: end("interrupted", 128 + signal.SIGINT)
+    except SystemExit as e: end("ended by SIGTERM", e.code)
+
+def end(message: str, status: int) -> None:
+    "Leave the program with a line on stderr and an exit status."
+    print(f"dddm.training: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(status)
 
 # %% ../nbs/09_training.ipynb #09-training-064
 if __name__ == "__main__" and globals().get("__spec__"): main()     # as `python -m`, not as a cell of this notebook
