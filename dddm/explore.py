@@ -60,7 +60,7 @@ def export_model(run_directory, path, description: str, command: str) -> str:
     if config["data"] not in ("digits", *KNOWN): config["data"] = f"folder {Path(config['data']).name}"          # no name of a built-in one
     about = dict(format=FORMAT, description=description, command=command, objective=config["objective"], config=config)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    content = save(half, {"dddm": json.dumps(about, sort_keys=True)})      # one entry: several have no fixed order
+    content = save(half, {"dddm": json.dumps(about, sort_keys=True)})    # several entries have no fixed order
     with whole_file(path) as part: part.write_bytes(content)
     return training.sha256(Path(path))
 

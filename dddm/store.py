@@ -292,12 +292,12 @@ def reserve(self: EstimateStore) -> None:
 
 @patch
 @contextlib.contextmanager
-def owned(self: EstimateStore, run: str, directory: str = ""):
+def owned(self: EstimateStore, run: str, directory: str):
     """Within, the store's file belongs to the run of this identity, is locked, and has all its disk space.
 
-    directory: where the run lives, for the message to others. A file without an owner becomes the run's.
-    A store in memory needs none of this. `FileExistsError` where the file is another run's, or in use;
-    `OSError` where the disk is too small.
+    directory: where the run lives. A run that moved, or that takes the place of one that was removed, is the
+    same owner; a file without an owner becomes the run's. A store in memory needs none of this.
+    `FileExistsError` where the file is another run's, or in use; `OSError` where the disk is too small.
     """
     if self.path is None:
         yield
@@ -305,12 +305,12 @@ def owned(self: EstimateStore, run: str, directory: str = ""):
     with open(self.path, "r+b") as file:
         lock(file, f"the store file {self.path} is in use by another process: "
                    "wait for it, stop it, or give this run another store_path")
-        about = read_page(self.path)
-        owner = about.get("owner") or {"run": run}
-        if owner.get("run") != run:
-            raise FileExistsError(f"the store file {self.path} belongs to another run, in {owner.get('directory')}: "
-                                  "give this run another store_path, or remove the file if that run is over")
-        file.write(page({**about, "owner": {"run": run, "directory": directory[-300:]}}))
+        about, me = read_page(self.path), {"run": run, "directory": directory[-300:]}
+        owner = about.get("owner", me)
+        if isinstance(owner, dict) and all(owner.get(k) != me[k] for k in me):
+            what = f"the store file {self.path} belongs to another run, in {owner.get('directory')}: "
+            raise FileExistsError(what + "give this one another store_path, or remove it if that run is over")
+        file.write(page({**about, "owner": me}))
         file.flush()
         os.fsync(file.fileno())
         self.reserve()

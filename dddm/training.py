@@ -312,8 +312,8 @@ def load(run_directory, ema: bool = True) -> DDDM:
     except RuntimeError as e: raise ValueError(f"the weights of {checkpoint} are of another network than the one in {run / 'config.json'}: {e}") from e
     start = 0.0 if config.ema_warmup else config.ema ** step_of(checkpoint)
     if ema and start > 0.1:
-        warnings.warn(f"{checkpoint}: its average is still {start:.0%} the random start, since ema={config.ema} "
-                      "is slow for so few steps; load(..., ema=False) gives the weights themselves")
+        warnings.warn(f"{checkpoint}: its average is still {start:.0%} the random start (ema={config.ema}, "
+                      "few steps); load(..., ema=False) gives the weights themselves")
     return model.eval()
 
 def read_config(run) -> TrainConfig:
@@ -440,8 +440,8 @@ def open_store(config: TrainConfig, n: int, rank: int, world: int, device) -> Es
 class Run:
     """A run of algorithm 1 as one rank sees it. `step` moves it by a global batch; `save` and `restore` keep it.
 
-    hold: an exit stack that gets the locks of the directory and of the store's file before anything in them is
-    touched (None: no locks). back: begin so many checkpoints before the newest.
+    hold: an exit stack that gets the locks of the directory and of the store's file before anything in them
+    is touched (None: no locks). back: begin so many checkpoints before the newest.
     Raises before any work, through the functions it calls, where configuration, images or directory do not fit.
     """
     def __init__(self, config: TrainConfig, out, resume: bool = True,
