@@ -43,7 +43,7 @@ from .model import DDDM
 from .objectives import SAMPLERS, generate
 from .sampling import check_count, class_labels, draws, grid, iterate
 from .schedule import VPSchedule
-from .store import decode, encode
+from .store import decode, encode, whole_file
 
 # %% ../nbs/12_explore.ipynb #12-explore-005
 FORMAT = "dddm-model-1"
@@ -60,7 +60,8 @@ def export_model(run_directory, path, description: str, command: str) -> str:
     if config["data"] not in ("digits", *KNOWN): config["data"] = f"folder {Path(config['data']).name}"          # no name of a built-in one
     about = dict(format=FORMAT, description=description, command=command, objective=config["objective"], config=config)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(save(half, {"dddm": json.dumps(about, sort_keys=True)}))       # one entry: the order of several is not fixed
+    content = save(half, {"dddm": json.dumps(about, sort_keys=True)})    # several entries have no fixed order
+    with whole_file(path) as part: part.write_bytes(content)
     return training.sha256(Path(path))
 
 def about_model(path) -> dict:
@@ -69,13 +70,20 @@ def about_model(path) -> dict:
     try:
         with safe_open(path, "pt") as f: about = json.loads((f.metadata() or {}).get("dddm", "{}"))
     except Exception as e: raise ValueError(f"{path} cannot be read as safetensors ({e})") from None
-    if about.get("format") != FORMAT: raise ValueError(f"{path} was not written by explore.export_model")
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by explore.export_model")
+    if not isinstance(about.get("config"), dict) or not isinstance(about.get("description"), str):
+        raise ValueError(f"{path} is damaged: it does not say how its model was trained")
     return about
 
 def read_model(path) -> DDDM:
     "The model in a file of `export_model`, in eval mode, float32, on the CPU."
-    model = training.build(training.TrainConfig.from_dict(about_model(path)["config"]))
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    try:
+        model = training.build(training.TrainConfig.from_dict(about_model(path)["config"]))
+        weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f"{path} is damaged: its weights are of another network ({e})") from e
     return model.eval()
 
 # %% ../nbs/12_explore.ipynb #12-explore-007
@@ -723,10 +731,13 @@ def save_trajectory(trajectory: Trajectory, path, steps=None, images: int = 8, m
     scale = max(1, 48 // x.shape[-1])
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
-        captioned(grid(x.transpose(0, 1).flatten(0, 1), len(steps), scale), [f"{s:,}" for s in steps]).save(path)
+        strip = captioned(grid(x.transpose(0, 1).flatten(0, 1), len(steps), scale), [f"{s:,}" for s in steps])
+        with whole_file(path) as part: strip.save(part)
         return path
     frames = [captioned(grid(x[k], x.shape[1], scale), [f"{s:,} steps"]) for k, s in enumerate(steps)]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=[milliseconds] * (len(frames) - 1) + [10 * milliseconds], loop=0)
+    duration = [milliseconds] * (len(frames) - 1) + [10 * milliseconds]
+    with whole_file(path) as part:
+        frames[0].save(part, save_all=True, append_images=frames[1:], duration=duration, loop=0)
     return path
 
 # %% ../nbs/12_explore.ipynb #12-explore-071

@@ -15,7 +15,7 @@ __all__ = ['ROWS', 'VGG_URL', 'INCEPTION', 'INCEPTION_URL', 'PUBLISHED', 'LIBRAR
            'measure', 'evaluate', 'PaperRow', 'paper_rows', 'beside_paper']
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-003
-import hashlib, json, math, os, tempfile, warnings
+import hashlib, json, math, tempfile, warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -33,7 +33,7 @@ from .data import Images, cache_folder, load
 from .features import FEATURES, network
 from .losses import published_file
 from .sampling import check_count
-from .store import encode
+from .store import encode, whole_file
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-008
 ROWS = 8192
@@ -377,11 +377,8 @@ def write_features(path: Path, found: Features, identity: dict) -> None:
     "Keep `found` at `path`: under a temporary name, then renamed."
     tensors, checksum = as_tensors(found)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, part, {"format": FORMAT, "identity": json.dumps(identity), "checksum": checksum})
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    about = {"format": FORMAT, "identity": json.dumps(identity), "checksum": checksum}
+    with whole_file(path) as part: save_file({k: v.contiguous() for k, v in tensors.items()}, part, about)
 
 def read_features(path: Path, identity: dict) -> tuple[Features | None, str]:
     "The `Features` kept at `path`, else None and why not. `ValueError` on a file that dddm did not write."
@@ -394,11 +391,14 @@ def read_features(path: Path, identity: dict) -> tuple[Features | None, str]:
         if head and FORMAT.encode() not in head: raise foreign from e          # an empty file, or a header that names us: what is left of ours
         return None, f"it is damaged ({e})"
     if meta.get("format") != FORMAT: raise foreign
-    kept = json.loads(meta["identity"])
+    try: kept = json.loads(meta["identity"])
+    except (KeyError, ValueError): return None, "it does not say what it is of"
+    needed = {"features", "mean", "variance", "mu", "sigma"}
+    if not isinstance(kept, dict) or not needed <= set(tensors): return None, "parts of it are missing"
     if kept != identity: return None, "it is of " + ", ".join(f"{k} {kept.get(k)}" for k in identity if kept.get(k) != identity[k])
     found = Features(tensors["features"], tensors.get("logits"), tensors["mean"], tensors["variance"], *(identity[k] for k in ("data", "extractor", "weights", "resize", "distance")))
     found.statistics = {k: tensors[k].numpy() for k in ("mu", "sigma")}
-    return (found, "") if as_tensors(found)[1] == meta["checksum"] else (None, "its checksum is wrong")
+    return (found, "") if as_tensors(found)[1] == meta.get("checksum") else (None, "its checksum is wrong")
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-043
 def reference_features(images, extractor: Extractor, n: int | None = None, batch_size: int = 64, cache=None, progress: bool = True) -> Features:
@@ -486,16 +486,21 @@ def markdown(rows: list[dict]) -> str:
 def save_results(path, runs: dict[str, dict[str, Result]], **about) -> None:
     "Write {label: {name: Result}}, and `about` (JSON values) beside it, to a JSON file: whole, or not at all."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps({"format": "dddm-results-1", "about": about, "runs": {l: {k: asdict(r) for k, r in rs.items()} for l, rs in runs.items()}}, indent=1) + "\n")
-    os.replace(part, path)
+    rows = {label: {name: asdict(r) for name, r in found.items()} for label, found in runs.items()}
+    with whole_file(path) as part:
+        content = {"format": "dddm-results-1", "about": about, "runs": rows}
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 def load_results(path) -> tuple[dict[str, dict[str, Result]], dict]:
     "What `save_results` wrote: ({label: {name: Result}}, about). `ValueError` on another file."
     try: kept = json.loads(Path(path).read_text())
     except ValueError as e: raise ValueError(f"{path} is no JSON file ({e})") from None
     if not isinstance(kept, dict) or kept.get("format") != "dddm-results-1": raise ValueError(f"{path} was not written by save_results")
-    return {l: {k: Result(**r) for k, r in rs.items()} for l, rs in kept["runs"].items()}, kept["about"]
+    try:
+        results = lambda rows: {name: Result(**r) for name, r in rows.items()}
+        return {label: results(rows) for label, rows in kept["runs"].items()}, kept["about"]
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e})") from e
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-051
 def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, float]:

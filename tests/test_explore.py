@@ -90,7 +90,8 @@ def test_export_keeps_what_a_run_is(run, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == training.sha256(tmp_path / "model.safetensors")
     about, (model, data) = explore.about_model(tmp_path / "model.safetensors"), explore.open_model(tmp_path / "model.safetensors")
     of_the_run = json.loads((run / "config.json").read_text())
-    assert about["config"] == {k: v for k, v in of_the_run.items() if k not in training.MACHINE} and about["description"] == "short" and data == "digits"
+    assert about["config"] == {k: v for k, v in of_the_run.items() if k not in training.MACHINE}
+    assert about["description"] == "short" and data == "digits"
     for a, b in zip(model.parameters(), training.load(run).parameters()): assert torch.equal(a, b.half().float())
     with pytest.raises(SystemExit): explore.main([str(tmp_path), str(tmp_path / "x.safetensors"), "--description", "", "--command", ""])
     assert "no config.json" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dddm import store as store_module
 from dddm import training
 from dddm.data import digits
 from dddm.training import TrainConfig, checkpoints, epoch_batches, history, load, newest_checkpoint, train
@@ -171,6 +172,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     config = write_config(tmp_path / "config.json")
     code = f"""
 import resource, signal, sys
+from dddm import store as store_module
 from dddm import training
 from dddm.data import digits
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -203,8 +205,8 @@ def test_loss_that_is_no_number(tmp_path):
 
 
 def test_first_loss_that_is_no_number_names_step_and_samples(tmp_path, monkeypatch):
-    broken = lambda model, d, schedule, part, **_: (torch.full((len(part.x0),), float("nan"), requires_grad=True), part.x0, part.t)
-    monkeypatch.setitem(training.OBJECTIVES, "paper", (broken, *training.OBJECTIVES["paper"][1:]))
+    broken = lambda model, d, schedule, part, estimate: (torch.full((len(part.x0),), float("nan"), requires_grad=True), part.x0)
+    monkeypatch.setitem(training.OBJECTIVES, "paper", training.OBJECTIVES["paper"]._replace(loss=broken))
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0 \(epoch 0\), for the samples \[\d+, .* no checkpoint had been saved"):
         train(TrainConfig(**TINY), tmp_path / "run", progress=False)
 
@@ -334,12 +336,13 @@ def test_flipped_samples_keep_the_store_in_one_orientation(tmp_path, monkeypatch
     "At t = 1 and F = 0 an estimate is its image. In the second epoch a mirrored image must meet its estimate mirrored, and the store hold it as the data have it."
     seen = []
 
-    def watch(model, d, schedule, part, **options):
+    def watch(model, d, schedule, part, estimate):
         seen.append((part.x0, part.estimate))
-        return original(model, d, schedule, part, **options)
-    original, *others = training.OBJECTIVES["paper"]
-    monkeypatch.setitem(training.OBJECTIVES, "paper", (watch, *others))
-    monkeypatch.setattr(training, "draw", lambda c, step, n, device: (torch.ones(n, dtype=torch.long), torch.zeros(n, *c.shape), torch.arange(n) % (2 + step) == 0))
+        return original.loss(model, d, schedule, part, estimate)
+    original = training.OBJECTIVES["paper"]
+    monkeypatch.setitem(training.OBJECTIVES, "paper", original._replace(loss=watch))
+    monkeypatch.setattr(training, "draw", lambda c, step, n, device: dict(
+        t=torch.ones(n, dtype=torch.long), noise=torch.zeros(n, *c.shape), flips=torch.arange(n) % (2 + step) == 0))
     run = train(TrainConfig(**{**TINY, "epochs": 2, "batch": 1797, "flip": True, "store_dtype": "float32", "lr": 1e-12, "log_every": 1}), tmp_path / "run", progress=False)
     pixels = digits().get(torch.arange(1797))[0]
     for step, (x0, estimate) in enumerate(seen):
@@ -443,7 +446,7 @@ def test_disks_that_cannot_lock_or_flush_folders_warn(tmp_path, monkeypatch):
         patch.setattr("fcntl.flock", refuse)
         train(config, tmp_path / "unlocked", progress=False)
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be locked .*no flock"):
-        patch.setattr(training, "fcntl", None)
+        patch.setattr(store_module, "fcntl", None)
         train(config, tmp_path / "windows", progress=False)
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot flush a folder"):
         patch.setattr(os, "fsync", no_folders)
