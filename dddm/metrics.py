@@ -517,21 +517,23 @@ BLOCK = 2 ** 23     # how many distances are in memory at a time
 def squared_distances(x: torch.Tensor, y: torch.Tensor):
     r"""Yields $\|x_i - y_j\|^2$ for x [n, D] and y [N, D] in blocks: (rows, a slice of i; distances [b, N]).
 
-    The points should lie around the origin: the squared norms' rounding errors are those of the result.
+    All blocks lie in one buffer: a block is gone when the next one is asked for. The points should lie around the
+    origin: the squared norms' rounding errors are those of the result.
     """
     x_squared, y_squared = (torch.einsum("nd,nd->n", v, v) for v in (x, y))
-    size = max(1, BLOCK // len(y))
+    size = min(len(x), max(1, BLOCK // len(y)))
+    buffer = torch.empty(size, len(y), dtype=x.dtype, device=x.device)
     for start in range(0, len(x), size):
-        rows = slice(start, start + size)
-        yield rows, torch.addmm(y_squared, x[rows], y.T, alpha=-2).add_(x_squared[rows, None])
+        rows = slice(start, min(start + size, len(x)))
+        d = torch.addmm(y_squared, x[rows], y.T, alpha=-2, out=buffer[:rows.stop - start])
+        yield rows, d.add_(x_squared[rows, None])
 
 def squared_radii(x: torch.Tensor, k: int) -> torch.Tensor:
     "Squared distance of each row of x [n, D] to its k-th nearest other row, [n]."
-    radii = []
-    for _, d in squared_distances(x, x):
-        radii.append(d.topk(k + 1, largest=False).values[:, -1])      # the nearest is the row itself
-        del d                                                         # before the next block is made
-    return torch.cat(radii)
+    radii = torch.empty(len(x), dtype=x.dtype, device=x.device)
+    for rows, d in squared_distances(x, x):
+        radii[rows] = d.topk(k + 1, largest=False).values[:, -1]      # the nearest is the row itself
+    return radii
 
 def precision_recall(generated: torch.Tensor, reference: torch.Tensor, k: int = 3,
                      device=None) -> tuple[float, float]:
@@ -551,12 +553,11 @@ def precision_recall(generated: torch.Tensor, reference: torch.Tensor, k: int = 
     centre = reference.mean(0)
     x, y = ((v - centre).to(device, torch.float32) for v in (generated, reference))
     radii_x, radii_y = squared_radii(x, k), squared_radii(y, k)
-    inside, covered = [], torch.zeros(len(y), dtype=torch.bool, device=device)
+    inside, covered = (torch.zeros(len(v), dtype=torch.bool, device=device) for v in (x, y))
     for rows, d in squared_distances(x, y):
-        inside.append((d <= radii_y).any(1))
+        inside[rows] = (d <= radii_y).any(1)
         covered |= (d <= radii_x[rows, None]).any(0)
-        del d
-    return torch.cat(inside).float().mean().item(), covered.float().mean().item()
+    return inside.float().mean().item(), covered.float().mean().item()
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-060
 def pairwise_distance(features: torch.Tensor, most: int = 2000) -> float:
