@@ -244,6 +244,7 @@ def at_steps(model, n: int, steps=(1, 2, 5, 20, 100), seed: int = 0, label=None,
         arrivals.finish()
     return out
 
+# %% ../nbs/08_sampling.ipynb #08-sampling-027b
 def sample(model, n: int, steps: int = 1, seed: int = 0, label=None, batch_size: int | None = None, start: int = 0,
            shape=None, clamp: bool = True, precision: str = "float32") -> torch.Tensor:
     """n images after `steps` steps of algorithm 2, [n, *shape] on the CPU, in [-1, 1] (clamp=False: as the model gives them); see `at_steps`.

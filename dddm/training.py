@@ -533,6 +533,7 @@ def evaluate_part(run: Run, index: torch.Tensor, draws: dict, compiled: bool | N
                                    estimate_of(run.config.objective, run.config.estimate), keep)
     return loss, value[:n], None if row is None else row[:n], part
 
+# %% ../nbs/09_training.ipynb #09-training-045c
 def accumulate(run: Run, index: torch.Tensor, draws: dict, total: int) -> torch.Tensor:
     """Add a part's share of the gradient of the objective, and write its new estimates; returns a bool [] on the device: all was finite.
 
@@ -820,6 +821,7 @@ def memory_of_trial(run: Run, n: int) -> int:
     trial(run, n, compiled=False)
     return torch.cuda.max_memory_allocated(run.device) - before
 
+# %% ../nbs/09_training.ipynb #09-training-055c
 def fitting_micro_batch(run: Run, free: int, compiled: bool) -> int:
     """The largest of this rank's share, its half, its quarter … that fits into `free` bytes of the GPU; a share of up to 16 untried.
 
@@ -840,6 +842,7 @@ def compile_pass(device):
     options = {"force_layout_optimization": True} if device.type == "cuda" else None
     return torch.compile(pass_value, fullgraph=True, dynamic=False, options=options)
 
+# %% ../nbs/09_training.ipynb #09-training-055e
 @contextlib.contextmanager
 def awake(model):
     "Within, parameters that are all zero hold small noise: a fresh network's last layers would hide what is before them."
@@ -870,6 +873,7 @@ def as_good(run: Run) -> bool:
     warnings.warn(f"passes stay eager: compiled ones differ by {differ:.2g} in the gradient and take {compiled_seconds / eager_seconds:.2f} of the time")
     return False
 
+# %% ../nbs/09_training.ipynb #09-training-055f
 def try_passes(run: Run) -> None:
     "Choose the micro-batch and whether passes are compiled, where the configuration leaves that open."
     c, cuda = run.config, run.device.type == "cuda"
@@ -897,6 +901,7 @@ def try_passes(run: Run) -> None:
     run.model.zero_grad(set_to_none=True)
     choose_size(False)
 
+# %% ../nbs/09_training.ipynb #09-training-055h
 def describe(run: Run) -> str:
     "Parameters, memory and time of the run, in a few lines."
     c, weights = run.config, sum(p.numel() * p.element_size() for p in run.model.parameters())
