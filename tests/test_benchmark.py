@@ -58,7 +58,7 @@ def test_operations_follow_the_passes_of_the_objective(names, name, passes):
 
 def test_floor_of_a_checkpoint_is_what_a_run_says(names, tmp_path):
     run = Run(preset("digits", device="cpu"), tmp_path / "run")
-    weights = sum(p.numel() for p in run.bare.parameters())
+    weights = sum(p.numel() for p in run.model.parameters())
     found = names["floor"](run.config, weights, 1e6)
     assert found["checkpoint"] == pytest.approx(checkpoint_bytes(run), rel=0.02)
     assert found["parameters"] == names["parameters"]("digits")
