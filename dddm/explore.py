@@ -376,6 +376,7 @@ class Explorer:
 
 STYLE = dict(description_width="initial")
 
+# %% ../nbs/12_explore.ipynb #12-explore-029b
 def number(value: int, name: str):
     "A field for a whole number."
     import ipywidgets as widgets

@@ -199,6 +199,7 @@ def published_extractor(which: str, weights, device) -> Extractor:
                       f"its distance is called {distance}, and {so}")
     return Extractor(which, mark, resize, distance, net.to(device), device)
 
+# %% ../nbs/10_metrics.ipynb #10-metrics-025b
 def load_extractor(which="digits", weights=None, device=None, name: str | None = None) -> Extractor:
     """The feature network `which`, ready for use.
 
