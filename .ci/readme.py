@@ -5,6 +5,7 @@ Links to the other notebooks become links into nbs/. A picture images/NAME.png i
 `readme-NAME` in some notebook, so that README shows what the notebooks show. (nbdev-readme does the first part with
 Quarto; this needs nothing but nbconvert.)
 """
+
 import base64
 import pathlib
 import re
@@ -23,14 +24,18 @@ def figure(name: str) -> bytes:
         for cell in nbformat.read(path, 4).cells:
             if f"readme-{name}" in cell.metadata.get("tags", []):
                 found = [o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {})]
-                if found: return base64.b64decode(found[0])
+                if found:
+                    return base64.b64decode(found[0])
     raise SystemExit(f"index.ipynb shows images/{name}.png, but no cell tagged readme-{name} has a figure")
 
 
 def made() -> dict[pathlib.Path, bytes]:
     "What README.md and its pictures should be."
     text, _ = MarkdownExporter().from_notebook_node(nbformat.read(ROOT / "nbs" / "index.ipynb", 4))
-    pictures = {ROOT / "nbs" / "images" / f"{name}.png": figure(name) for name in re.findall(r"\]\(images/([\w-]+)\.png\)", text)}
+    pictures = {
+        ROOT / "nbs" / "images" / f"{name}.png": figure(name)
+        for name in re.findall(r"\]\(images/([\w-]+)\.png\)", text)
+    }
     text = re.sub(r"\]\((?!https?:|#|/|\.\.)([^)]+)\)", r"](nbs/\1)", text).replace("](../", "](")
     return {ROOT / "README.md": (NOTE + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n").encode(), **pictures}
 
@@ -41,4 +46,6 @@ if __name__ == "__main__":
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
         elif not path.exists() or path.read_bytes() != content:
-            raise SystemExit(f"{path.relative_to(ROOT)} is not what the notebooks give: run `python .ci/readme.py`")
+            raise SystemExit(
+                f"{path.relative_to(ROOT)} is not what the notebooks give: run `python .ci/readme.py`"
+            )

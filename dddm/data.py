@@ -45,6 +45,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 import psutil
 import torch
@@ -64,6 +65,7 @@ class Images:
     skipped: (file, reason) of the images left out under on_error="skip".
     notes: where the images come from and what was done to them, as lines of `summary`.
     """
+
     pixels: torch.Tensor
     labels: torch.Tensor | None
     name: str
@@ -74,7 +76,8 @@ class Images:
     skipped: list = field(default_factory=list)
     notes: list = field(default_factory=list)
 
-    def __len__(self): return len(self.pixels)
+    def __len__(self):
+        return len(self.pixels)
 
     @property
     def shape(self) -> tuple:
@@ -88,10 +91,14 @@ class Images:
     def get(self, index: torch.Tensor, device=None) -> tuple[torch.Tensor, torch.Tensor | None]:
         "Images `index` [B] as float32 [B, C, H, W] in [-1, 1] and labels [B] or None, on `device` (None: where the pixels are)."
         if len(index) and index.device.type == "cpu" and (index.min() < 0 or index.max() >= len(self)):
-            raise ValueError(f"index ranges over {index.min().item()}..{index.max().item()}; "
-                             f"it must stay in 0..{len(self) - 1}")
+            raise ValueError(
+                f"index ranges over {index.min().item()}..{index.max().item()}; "
+                f"it must stay in 0..{len(self) - 1}"
+            )
         index, device = to_device(index, self.pixels.device), self.pixels.device if device is None else device
-        x = to_device(self.pixels[index], device).float().div_(self.levels / 2).sub_(1)      # bytes travel, not floats
+        x = (
+            to_device(self.pixels[index], device).float().div_(self.levels / 2).sub_(1)
+        )  # bytes travel, not floats
         return x, None if self.labels is None else to_device(self.labels[index], device)
 
     def to(self, device) -> "Images":
@@ -106,12 +113,13 @@ class Images:
         lines = [f"{self.name}: {len(self):,} images of {w}x{h}, {colours}", *self.notes, class_counts(self)]
         if self.skipped:
             lines.append(f"skipped: {len(self.skipped):,}, the first: {' '.join(self.skipped[0])}")
-        return "\n  ".join(lines).encode("utf-8", "backslashreplace").decode()       # some names are no text
+        return "\n  ".join(lines).encode("utf-8", "backslashreplace").decode()  # some names are no text
 
 # %% ../nbs/07_data.ipynb #07-data-006b
 def class_counts(images: Images, most: int = 12) -> str:
     "The classes of `images` with the number of images of each, in one line; at most `most` are named."
-    if images.labels is None: return "classes: none"
+    if images.labels is None:
+        return "classes: none"
     counts = torch.bincount(images.labels.cpu(), minlength=images.classes).tolist()
     names = images.class_names or range(images.classes)
     each = [f"{name} ({count:,})" for name, count in zip(names, counts)]
@@ -123,13 +131,15 @@ def class_counts(images: Images, most: int = 12) -> str:
 def fingerprint(pixels_sha256: str, shape, levels: int, labels, class_names) -> str:
     "sha256 over the checksum of the pixels, their shape and levels, the labels and the class names."
     h = hashlib.sha256(json.dumps([pixels_sha256, list(shape), levels, class_names]).encode())
-    if labels is not None: h.update(np.asarray(labels, "<i8").tobytes())
+    if labels is not None:
+        h.update(np.asarray(labels, "<i8").tobytes())
     return h.hexdigest()
 
 # %% ../nbs/07_data.ipynb #07-data-009
 def digits() -> Images:
     "scikit-learn's optdigits: 1,797 real 8x8 images with grey levels 0..16 in 10 classes."
     from sklearn.datasets import load_digits
+
     d = load_digits()
     pixels, labels = np.ascontiguousarray(d.images[:, None].astype(np.uint8)), d.target.astype(np.int64)
     names = [str(i) for i in range(10)]
@@ -141,31 +151,44 @@ def digits() -> Images:
 def flip(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "`x` [B, C, H, W] with the rows where `mask` [B] is true mirrored left to right; its own inverse."
     if mask.shape != x.shape[:1] or mask.dtype != torch.bool:
-        raise ValueError(f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; "
-                         f"expected ({len(x)},), bool")
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}; expected ({len(x)},), bool"
+        )
     return torch.where(mask.to(x.device)[:, None, None, None], x.flip(-1), x)
 
 # %% ../nbs/07_data.ipynb #07-data-027
 def bit_depth(image: Image.Image, blob: bytes) -> int:
     "Bits of a channel in a PNG, TIFF or PPM file, of which Pillow would keep 8; 8 for others."
-    if image.format == "PNG": return blob[24]
+    if image.format == "PNG":
+        return blob[24]
     if image.format == "TIFF":
         return max(np.atleast_1d(image.tag_v2.get(258, 8)).tolist())
-    if image.format != "PPM": return 8
-    number = rb"\s+(?:#[^\n]*\n\s*)*(\d+)"                     # comments may stand between the numbers
+    if image.format != "PPM":
+        return 8
+    number = rb"\s+(?:#[^\n]*\n\s*)*(\d+)"  # comments may stand between the numbers
     header = re.match(rb"P[2356]" + 3 * number, blob)
     return int(header[3]).bit_length() if header else 8
 
+
 Turn = Image.Transpose
-TURNS = {2: Turn.FLIP_LEFT_RIGHT, 3: Turn.ROTATE_180, 4: Turn.FLIP_TOP_BOTTOM, 5: Turn.TRANSPOSE,
-         6: Turn.ROTATE_270, 7: Turn.TRANSVERSE, 8: Turn.ROTATE_90}
+TURNS = {
+    2: Turn.FLIP_LEFT_RIGHT,
+    3: Turn.ROTATE_180,
+    4: Turn.FLIP_TOP_BOTTOM,
+    5: Turn.TRANSPOSE,
+    6: Turn.ROTATE_270,
+    7: Turn.TRANSVERSE,
+    8: Turn.ROTATE_90,
+}
+
 
 def upright(image: Image.Image) -> Image.Image:
     "`image` turned as its EXIF orientation says; where that cannot be read, as it lies."
     image.load()
-    try: turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:
-        turn = None                              # metadata is no reason to lose a picture
+        turn = None  # metadata is no reason to lose a picture
     return image if turn is None else image.transpose(turn)
 
 # %% ../nbs/07_data.ipynb #07-data-027b
@@ -173,28 +196,36 @@ def bare_png(blob: bytes) -> bytes:
     "A PNG file without texts and colour profile, but with what may tell its orientation."
     kept, at = [blob[:8]], 8
     while at < len(blob):
-        end, kind = at + 12 + int.from_bytes(blob[at:at + 4], "big"), blob[at + 4:at + 8]
-        keyword = blob[at + 8:at + 40].split(b"\0")[0]
+        end, kind = at + 12 + int.from_bytes(blob[at : at + 4], "big"), blob[at + 4 : at + 8]
+        keyword = blob[at + 8 : at + 40].split(b"\0")[0]
         turns = keyword in (b"XML:com.adobe.xmp", b"Raw profile type exif") and end - at < 2**16
-        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or turns: kept.append(blob[at:end])
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or turns:
+            kept.append(blob[at:end])
         at = end
     return b"".join(kept)
+
 
 def bare_jpeg(blob: bytes) -> bytes:
     "A JPEG file without comments and programs' data, but with EXIF and what the colours depend on."
     kept, at = [blob[:2]], 2
-    while blob[at:at + 1] == b"\xff" and blob[at + 1:at + 2] not in (b"\xda", b""):    # xda: the pixels begin
-        marker, length = blob[at + 1], int.from_bytes(blob[at + 2:at + 4], "big")
-        segment = blob[at:at + 2 + length]
-        colours = marker in (0xE0, 0xEE) and length >= 14      # JFIF's and Adobe's, where they are whole
+    while blob[at : at + 1] == b"\xff" and blob[at + 1 : at + 2] not in (
+        b"\xda",
+        b"",
+    ):  # xda: the pixels begin
+        marker, length = blob[at + 1], int.from_bytes(blob[at + 2 : at + 4], "big")
+        segment = blob[at : at + 2 + length]
+        colours = marker in (0xE0, 0xEE) and length >= 14  # JFIF's and Adobe's, where they are whole
         needed = colours or segment[4:].startswith(b"Exif\0\0")
-        if needed or not (0xE0 <= marker <= 0xEF or marker == 0xFE): kept.append(segment)
+        if needed or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            kept.append(segment)
         at += 2 + length
     return b"".join(kept) + blob[at:]
 
+
 def without_metadata(blob: bytes) -> bytes:
     "A PNG or JPEG file without metadata that does not matter; others as they are."
-    if blob.startswith(b"\x89PNG\r\n\x1a\n"): return bare_png(blob)
+    if blob.startswith(b"\x89PNG\r\n\x1a\n"):
+        return bare_png(blob)
     return bare_jpeg(blob) if blob.startswith(b"\xff\xd8\xff") else blob
 
 # %% ../nbs/07_data.ipynb #07-data-027d
@@ -206,15 +237,18 @@ def on_white(image: Image.Image) -> Image.Image:
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image.convert("RGBA")).convert(mode)
 
+
 def centre_square(image: Image.Image, size: int) -> Image.Image:
     "The largest centred square of `image`, resized to size x size (bicubic, antialiased)."
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
 
+
 def decode_pixels(blob: bytes, size: int | None, channels: int | None) -> np.ndarray:
     "`decode_image` for a file whose metadata Pillow can read."
-    try: image = Image.open(io.BytesIO(blob))
+    try:
+        image = Image.open(io.BytesIO(blob))
     except UnidentifiedImageError:
         raise ValueError("not an image, or its beginning is damaged") from None
     with image:
@@ -228,6 +262,7 @@ def decode_pixels(blob: bytes, size: int | None, channels: int | None) -> np.nda
         pixels = np.asarray(centre_square(image, size) if size else image)
         return pixels[None] if grey else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
+
 def decode_image(blob: bytes, size: int | None = None, channels: int | None = None) -> np.ndarray:
     """One image file as uint8 [C, H, W]; raises what Pillow raises on a damaged one.
 
@@ -235,33 +270,53 @@ def decode_image(blob: bytes, size: int | None = None, channels: int | None = No
     channels: 1 converts to grey, 3 to RGB, None keeps what the file has (a palette counts as RGB).
     Turned upright by its EXIF orientation, transparency laid on white; 16-bit and float images are refused.
     """
-    if not blob: raise ValueError("the file is empty")
-    try: return decode_pixels(blob, size, channels)
-    except Exception:                              # texts over 1 MB, and other metadata that Pillow refuses
+    if not blob:
+        raise ValueError("the file is empty")
+    try:
+        return decode_pixels(blob, size, channels)
+    except Exception:  # texts over 1 MB, and other metadata that Pillow refuses
         bare = without_metadata(blob)
-        if bare == blob: raise
+        if bare == blob:
+            raise
         return decode_pixels(bare, size, channels)
 
 # %% ../nbs/07_data.ipynb #07-data-031
 class Files(NamedTuple):
     "What lies under one path, with names relative to it and `/` between folders; hidden files are left out."
-    names: list                # of the images, sorted
-    folders: list              # of the folders
-    read: Callable             # read(name, limit=-1) -> bytes of a file, or its first `limit`
-    stamp: str                 # changes with the files
-    others: list = []          # names of the files that are not named like images
-    unread: list = []          # (name, reason) of what cannot be listed
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
-            ".pgm")
-LABEL_TABLE = "dataset.json"   # beside the images of EDM and StyleGAN
+    names: list  # of the images, sorted
+    folders: list  # of the folders
+    read: Callable  # read(name, limit=-1) -> bytes of a file, or its first `limit`
+    stamp: str  # changes with the files
+    others: list = []  # names of the files that are not named like images
+    unread: list = []  # (name, reason) of what cannot be listed
+
+
+SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".jpe",
+    ".bmp",
+    ".gif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+)
+LABEL_TABLE = "dataset.json"  # beside the images of EDM and StyleGAN
+
 
 def file_stamp(path: Path) -> str:
     return f"{path.stat().st_size} {path.stat().st_mtime_ns}"
 
+
 def visible(name: str) -> bool:
     "Whether no part of a name is hidden, or one of the copies that macOS puts into archives."
     return not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
 
 def sort_out(names) -> tuple[list, list]:
     "Visible file names as (those of images, the others), sorted."
@@ -273,16 +328,22 @@ def sort_out(names) -> tuple[list, list]:
 # %% ../nbs/07_data.ipynb #07-data-031c
 def list_zip(path: Path) -> Files:
     "The images in a zip archive; `ValueError` where it is not one or was cut short."
-    try: archive = zipfile.ZipFile(path)
+    try:
+        archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as e:
-        raise ValueError(f"{path} is not a readable zip archive ({e}); it may have been cut short: "
-                         "copy or download it again") from None
+        raise ValueError(
+            f"{path} is not a readable zip archive ({e}); it may have been cut short: "
+            "copy or download it again"
+        ) from None
     members = archive.namelist()
     windows = not any("/" in m for m in members)
     names = [(m.replace("\\", "/") if windows else m).removeprefix("./") for m in members]
     member = dict(zip(names, members))
+
     def read(name, limit=-1):
-        with archive.open(member[name]) as file: return file.read(limit)
+        with archive.open(member[name]) as file:
+            return file.read(limit)
+
     images, others = sort_out(n for n in names if not n.endswith("/"))
     folders = [n.rstrip("/") for n in names if n.endswith("/") and visible(n)]
     return Files(images, folders, read, file_stamp(path), others)
@@ -290,36 +351,49 @@ def list_zip(path: Path) -> Files:
 # %% ../nbs/07_data.ipynb #07-data-031e
 def unpacked(path: Path):
     "The file at `path`, open; where gzip, bzip2 or xz packed it, a temporary file with its content."
-    with open(path, "rb") as file: head = file.read(6)
+    with open(path, "rb") as file:
+        head = file.read(6)
     packers = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
     packer = next((p for magic, p in packers.items() if head.startswith(magic)), None)
-    if packer is None: return open(path, "rb")
+    if packer is None:
+        return open(path, "rb")
     plain = tempfile.TemporaryFile()
-    with packer.open(path) as file: shutil.copyfileobj(file, plain, 2**20)
+    with packer.open(path) as file:
+        shutil.copyfileobj(file, plain, 2**20)
     return plain
+
 
 class TarReader:
     "Reads files of a tar archive by `places`, name -> (offset, size); one thread at a time."
+
     def __init__(self, path: Path, places: dict):
         self.path, self.places, self.file, self.lock = path, places, None, threading.Lock()
 
     def __call__(self, name: str, limit: int = -1) -> bytes:
         offset, size = self.places[name]
         with self.lock:
-            if self.file is None: self.file = unpacked(self.path)
+            if self.file is None:
+                self.file = unpacked(self.path)
             self.file.seek(offset)
             return self.file.read(size if limit < 0 else min(size, limit))
 
     def __del__(self):
-        if self.file is not None: self.file.close()
+        if self.file is not None:
+            self.file.close()
+
 
 class WholeTarInfo(tarfile.TarInfo):
     "Entries of an archive whose list must end as it should; `tarfile` alone takes damage for the end."
+
     @classmethod
     def fromtarfile(cls, tar):
-        try: return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError: raise
-        except tarfile.HeaderError as e: raise tarfile.ReadError(str(e)) from None
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as e:
+            raise tarfile.ReadError(str(e)) from None
+
 
 def list_tar(path: Path) -> Files:
     "The images in a tar archive, compressed or not; `ValueError` where it is not one or was cut short."
@@ -328,23 +402,31 @@ def list_tar(path: Path) -> Files:
         with tarfile.open(path, tarinfo=WholeTarInfo) as tar:
             for m in tar:
                 name = m.name.removeprefix("./")
-                if m.isdir() and visible(name): folders.append(name)
-                if m.isreg(): places[name] = m.offset_data, m.size
+                if m.isdir() and visible(name):
+                    folders.append(name)
+                if m.isreg():
+                    places[name] = m.offset_data, m.size
                 link = m.linkname.removeprefix("./")
-                if m.islnk() and link in places: places[name] = places[link]
-            while tar.fileobj.read(2**20): pass          # to its end, where a packed file has a checksum
+                if m.islnk() and link in places:
+                    places[name] = places[link]
+            while tar.fileobj.read(2**20):
+                pass  # to its end, where a packed file has a checksum
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
         reason = str(e).split("\n")[0]
-        raise ValueError(f"{path} is not a readable tar archive ({reason}); it may have been cut short: "
-                         "copy or download it again") from None
+        raise ValueError(
+            f"{path} is not a readable tar archive ({reason}); it may have been cut short: "
+            "copy or download it again"
+        ) from None
     images, others = sort_out(places)
     return Files(images, folders, TarReader(path, places), file_stamp(path), others)
 
 # %% ../nbs/07_data.ipynb #07-data-031g
 def walk(path: Path, unread: list):
     "(Folder, its file names) for `path` and below, links followed; what cannot be listed goes to `unread`."
+
     def note(error):
         unread.append((Path(error.filename).relative_to(path).as_posix(), f"cannot be listed ({error})"))
+
     above = {str(path): {os.path.realpath(path)}}
     for at, inner, files in os.walk(path, onerror=note, followlinks=True):
         inner[:] = [name for name in inner if os.path.realpath(os.path.join(at, name)) not in above[at]]
@@ -352,7 +434,9 @@ def walk(path: Path, unread: list):
             below = os.path.join(at, name)
             above[below] = above[at] | {os.path.realpath(below)}
         here = Path(at).relative_to(path).as_posix()
-        if here == "." or visible(here): yield here, files
+        if here == "." or visible(here):
+            yield here, files
+
 
 def list_folder(path: Path) -> Files:
     "The images in a folder and its subfolders; links are followed, but for one that leads back up."
@@ -362,7 +446,8 @@ def list_folder(path: Path) -> Files:
         files += inside if here == "." else [f"{here}/{file}" for file in inside]
     names, others = sort_out(files)
     for name in [*names, *(n for n in others if n.split("/")[-1] == LABEL_TABLE)]:
-        try: found = os.stat(path / name)
+        try:
+            found = os.stat(path / name)
         except OSError as e:
             unread.append((name, f"cannot be opened ({e})"))
             continue
@@ -371,37 +456,56 @@ def list_folder(path: Path) -> Files:
         stamp.append(f"{name} {found.st_size} {found.st_mtime_ns}")
     lost = {name for name, _ in unread}
     names, others = ([n for n in some if n not in lost] for some in (names, others))
+
     def read(name, limit=-1):
-        if limit >= 0 and not (path / name).is_file(): return b""              # a pipe would wait for ever
-        with open(path / name, "rb") as file: return file.read(limit)
+        if limit >= 0 and not (path / name).is_file():
+            return b""  # a pipe would wait for ever
+        with open(path / name, "rb") as file:
+            return file.read(limit)
+
     stamp = "\n".join(sorted(stamp)).encode("utf-8", "surrogateescape")
     return Files(names, folders, read, hashlib.sha256(stamp).hexdigest(), others, unread)
 
 # %% ../nbs/07_data.ipynb #07-data-033
 TRAIN = ("train", "training", "trainset")
-HELD_OUT = ("test", "testing", "testset", "val", "valid", "validation", "valset", "dev", "eval", "evaluation",
-            "holdout")
+HELD_OUT = (
+    "test",
+    "testing",
+    "testset",
+    "val",
+    "valid",
+    "validation",
+    "valset",
+    "dev",
+    "eval",
+    "evaluation",
+    "holdout",
+)
 FILLERS = {"set", "data", "dataset", "images", "image", "img", "imgs", "split"}
+
 
 def split_kinds(folders: list) -> list:
     "For each of sibling `folders`: 'train' or 'held out' where its name says so, else None."
     words = [set(re.findall("[a-z]+", folder.lower())) - FILLERS for folder in folders]
-    shared = set.intersection(*words) if len(words) > 1 else set()          # mnist_train beside mnist_test
+    shared = set.intersection(*words) if len(words) > 1 else set()  # mnist_train beside mnist_test
     kinds = {word: "train" for word in TRAIN} | {word: "held out" for word in HELD_OUT}
     return [kinds.get("".join(w - shared)) if len(w - shared) == 1 else None for w in words]
 
 # %% ../nbs/07_data.ipynb #07-data-033c
 NO_FOLDERS = "put every image in a folder named after its class"
 
+
 class Layout(NamedTuple):
     "How the files under a path are understood."
-    names: list                # of the images that are used
-    classes: list | None       # the class of each, a folder's name or a number
-    empty: list = []           # class folders without an image
-    notes: list = []           # facts, for `Images.summary`
-    warnings: list = []        # doubts about which images are meant
-    doubts: list = []          # doubts about which classes are meant
-    lacks: str = NO_FOLDERS    # why there are no classes, said to who insists on them
+
+    names: list  # of the images that are used
+    classes: list | None  # the class of each, a folder's name or a number
+    empty: list = []  # class folders without an image
+    notes: list = []  # facts, for `Images.summary`
+    warnings: list = []  # doubts about which images are meant
+    doubts: list = []  # doubts about which classes are meant
+    lacks: str = NO_FOLDERS  # why there are no classes, said to who insists on them
+
 
 def in_words(names, most: int = 4) -> str:
     "The first of `names` as a list in words."
@@ -429,19 +533,24 @@ def training_part(names, folders, above, tops, kinds, beside) -> Layout:
 def class_doubts(tops: list, parts, level: int) -> tuple[list, list]:
     "What speaks against taking `tops`, at `level` of the paths `parts`, for classes: (warnings, doubts)."
     inner = defaultdict(set)
-    for p in parts: inner[p[level]].update(p[level + 1:level + 2])
+    for p in parts:
+        inner[p[level]].update(p[level + 1 : level + 2])
     shared, every = set.intersection(*inner.values()), set.union(*inner.values())
     warnings, doubts = [], []
     splits = [top for top, kind in zip(tops, split_kinds(tops)) if kind]
     if 2 * len(splits) >= len(tops):
         warnings.append(f"the folder {in_words(splits)} is named like a split, and is taken for a class")
     if len(shared) > 1 and 2 * len(shared) >= len(every):
-        warnings.append(f"the folders {in_words(tops)} all have the sub-folders {in_words(shared)}. They are "
-                        "taken for classes and all images are used; if they are splits, give the path of one")
+        warnings.append(
+            f"the folders {in_words(tops)} all have the sub-folders {in_words(shared)}. They are "
+            "taken for classes and all images are used; if they are splits, give the path of one"
+        )
     if all(re.fullmatch(r"\d{5,}", top) for top in tops):
-        doubts.append(f"the folders {in_words(tops)} are numbered like parts of a large set; "
-                      "they are taken for classes")
+        doubts.append(
+            f"the folders {in_words(tops)} are numbered like parts of a large set; they are taken for classes"
+        )
     return warnings, doubts
+
 
 def find_classes(names: list, folders: list) -> Layout:
     """Which folder level is the classes, as a `Layout`.
@@ -460,8 +569,10 @@ def find_classes(names: list, folders: list) -> Layout:
     if "held out" in kinds and ("train" in kinds or (len(tops) > 1 and None not in kinds)):
         return training_part(names, folders, above, tops, kinds, beside)
     if beside and tops:
-        lacks = (f"{in_words(beside)} lies beside the folder{'s' * (len(tops) > 1)} {in_words(tops)}; "
-                 "move such images into a class folder, or away")
+        lacks = (
+            f"{in_words(beside)} lies beside the folder{'s' * (len(tops) > 1)} {in_words(tops)}; "
+            "move such images into a class folder, or away"
+        )
         return Layout(names, None, doubts=[f"used without classes: {lacks}"], lacks=lacks)
     if not tops:
         one = f"all images lie in the one folder {above[-1]!r}; give each class its own" if above else ""
@@ -477,28 +588,35 @@ def find_classes(names: list, folders: list) -> Layout:
 def read_table(files: Files) -> tuple[str, dict | None] | None:
     "The folder of EDM's label table and {image: label}, or None where it has no labels; None for no table."
     tables = [n for n in files.others if n.split("/")[-1] == LABEL_TABLE]
-    if not tables: return None
+    if not tables:
+        return None
     table = min(tables, key=lambda n: n.count("/"))
     content, prefix = json.loads(files.read(table)), table.removesuffix(LABEL_TABLE)
     if not isinstance(content, dict) or "labels" not in content:
-        return None                                            # another program's
-    if content["labels"] is None: return prefix, None
+        return None  # another program's
+    if content["labels"] is None:
+        return prefix, None
     return prefix, {prefix + name.replace("\\", "/"): label for name, label in content["labels"]}
+
 
 def label_problem(names: list, labels: dict) -> str:
     "Why `labels` of a table cannot be the classes of the images `names`, or an empty text."
     without = [n for n in names if n not in labels]
-    if without: return f"{LABEL_TABLE} has no label for {in_words(without)}"
+    if without:
+        return f"{LABEL_TABLE} has no label for {in_words(without)}"
     odd = next((n for n in names if type(labels[n]) is not int or not 0 <= labels[n] < 10**6), None)
-    if not odd: return ""
+    if not odd:
+        return ""
     return f"{LABEL_TABLE} has for {odd} the label {str(labels[odd])[:40]}, not a whole number from 0"
+
 
 def table_layout(files: Files) -> Layout | None:
     "The layout that EDM's `dataset.json` tells; None where there is none, or its images lie elsewhere."
-    try: found = read_table(files)
-    except Exception as e:                                     # unreadable, no JSON, or other JSON
+    try:
+        found = read_table(files)
+    except Exception as e:  # unreadable, no JSON, or other JSON
         if not all(re.search(r"(^|/)\d{5}/[^/]*$", n) for n in files.names):
-            return None                                        # the folders have names of their own
+            return None  # the folders have names of their own
         problem = f"{LABEL_TABLE} is not the label table of EDM or StyleGAN ({e}); repair or remove it"
         return Layout(files.names, None, doubts=[f"used without classes: {problem}"], lacks=problem)
     if found is None or not all(n.startswith(found[0]) for n in files.names):
@@ -514,9 +632,10 @@ def table_layout(files: Files) -> Layout | None:
 # %% ../nbs/07_data.ipynb #07-data-036
 class Source(NamedTuple):
     "Something to decode, and how it is understood; see `Layout` for the last five."
+
     where: Path
     count: int
-    chunks: Callable           # yields (pixels [b, C, H, W], labels [b] or None, bad [(file, reason)])
+    chunks: Callable  # yields (pixels [b, C, H, W], labels [b] or None, bad [(file, reason)])
     stamp: str
     classes: int | None = None
     class_names: list | None = None
@@ -525,6 +644,7 @@ class Source(NamedTuple):
     doubts: list = []
     empty: list = []
     lacks: str = "it has no labels"
+
 
 def misfit(shape, expected) -> str:
     "Why an image of `shape` does not belong among images of `expected` shape, and which option makes it fit."
@@ -541,50 +661,73 @@ def misfit(shape, expected) -> str:
 # %% ../nbs/07_data.ipynb #07-data-037
 def decode_files(read, names, labels, size, channels, expected, at_once: int = 1024):
     "The chunks of `Source` for image files, decoded by one thread for each core."
-    def one(name):
-        try: return decode_image(read(name), size, channels)
-        except Exception as e:
-            return f"cannot be decoded ({type(e).__name__}: {e})"       # Pillow raises many kinds
 
-    def block(part): return [one(name) for name in part]
+    def one(name):
+        try:
+            return decode_image(read(name), size, channels)
+        except Exception as e:
+            return f"cannot be decoded ({type(e).__name__}: {e})"  # Pillow raises many kinds
+
+    def block(part):
+        return [one(name) for name in part]
 
     shape = expected
     edges = sorted({0, len(names), *([1] if expected else []), *range(at_once, len(names), at_once)})
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:   # beyond 8, Python's own lock is the limit
-        for start, end in pairwise(edges):             # where a shape is expected the first image goes alone
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # beyond 8, Python's own lock is the limit
+        for start, end in pairwise(edges):  # where a shape is expected the first image goes alone
             now = names[start:end]
-            part = sum(pool.map(block, [now[i:i + 32] for i in range(0, len(now), 32)]), [])
+            part = sum(pool.map(block, [now[i : i + 32] for i in range(0, len(now), 32)]), [])
             shapes = Counter(p.shape for p in part if not isinstance(p, str))
             if shape is None and shapes:
-                shape = shapes.most_common(1)[0][0]           # the odd one out is the rare one
+                shape = shapes.most_common(1)[0][0]  # the odd one out is the rare one
             reasons = [p if isinstance(p, str) else p.shape != shape and misfit(p.shape, shape) for p in part]
             good = [i for i, reason in enumerate(reasons) if not reason]
-            yield (np.stack([part[i] for i in good]) if good else None,
-                   None if labels is None else labels[start:end][good],
-                   [(now[i], reason) for i, reason in enumerate(reasons) if reason])
+            yield (
+                np.stack([part[i] for i in good]) if good else None,
+                None if labels is None else labels[start:end][good],
+                [(now[i], reason) for i, reason in enumerate(reasons) if reason],
+            )
 
 # %% ../nbs/07_data.ipynb #07-data-037c
-MAGIC = {b"\x89PNG\r\n\x1a\n": "PNG image", b"\xff\xd8\xff": "JPEG image", b"GIF8": "GIF image",
-         b"II*\0": "TIFF image", b"MM\0*": "TIFF image", b"PK\3\4": "zip", b"PK\5\6": "zip",
-         b"\x1f\x8b": "tar", b"BZh": "tar", b"\xfd7zXZ\0": "tar",
-         b"\x93NUMPY": "NumPy array (.npy)", b"PAR1": "Parquet table", b"\x89HDF\r\n\x1a\n": "HDF5 file"}
+MAGIC = {
+    b"\x89PNG\r\n\x1a\n": "PNG image",
+    b"\xff\xd8\xff": "JPEG image",
+    b"GIF8": "GIF image",
+    b"II*\0": "TIFF image",
+    b"MM\0*": "TIFF image",
+    b"PK\3\4": "zip",
+    b"PK\5\6": "zip",
+    b"\x1f\x8b": "tar",
+    b"BZh": "tar",
+    b"\xfd7zXZ\0": "tar",
+    b"\x93NUMPY": "NumPy array (.npy)",
+    b"PAR1": "Parquet table",
+    b"\x89HDF\r\n\x1a\n": "HDF5 file",
+}
+
 
 def kind_of(head: bytes) -> str:
     "What a file is by its first 512 bytes, or an empty text."
-    if head[257:262] == b"ustar": return "tar"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP": return "WebP image"
+    if head[257:262] == b"ustar":
+        return "tar"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP image"
     return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), "")
+
 
 def left_out(files: Files) -> tuple[str, str]:
     "Of the files that are not named like images: (how many of which suffix, which of them are images)."
     suffixes = defaultdict(list)
-    for name in files.others: suffixes[Path(name).suffix.lower() or "no suffix"].append(name)
+    for name in files.others:
+        suffixes[Path(name).suffix.lower() or "no suffix"].append(name)
     most = sorted(suffixes.items(), key=lambda item: -len(item[1]))
     counts = ", ".join(f"{len(names):,} of {suffix}" for suffix, names in most[:6])
     images = []
     for suffix, names in most[:20]:
-        try: kind = kind_of(files.read(names[0], 512))
-        except Exception: continue                             # what cannot be read is not used anyway
+        try:
+            kind = kind_of(files.read(names[0], 512))
+        except Exception:
+            continue  # what cannot be read is not used anyway
         if kind.endswith("image"):
             images.append(f"files of {suffix} such as {names[0]} hold a {kind} but are not named like it")
     return counts, "; ".join(images)
@@ -602,11 +745,13 @@ def image_layout(path: Path, files: Files, on_error: str) -> Layout:
         raise ValueError(f"{path} has no images (looked for {', '.join(SUFFIXES)}){held}")
     try:
         layout = table_layout(files) or find_classes(files.names, files.folders)
-    except ValueError as e: raise ValueError(f"{path}: {e}") from None
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     unread = [f"{name} {reason}, and is left out" for name, reason in files.unread]
     notes = [f"left out, as not named like images: {counts}"] if counts else []
     hints = [f"{hint} to use them"] if hint else []
     return layout._replace(notes=layout.notes + notes, warnings=layout.warnings + unread + hints)
+
 
 def image_source(path: Path, files: Files, size, channels, expected, on_error) -> Source:
     "The images of a folder or an archive as a source."
@@ -618,10 +763,23 @@ def image_source(path: Path, files: Files, size, channels, expected, on_error) -
         class_names = sorted(set(layout.classes))
         number = {name: i for i, name in enumerate(class_names)}
         labels, classes = np.array([number[c] for c in layout.classes]), len(class_names)
+
     def chunks(at_once=1024):
         return decode_files(files.read, names, labels, size, channels, expected, at_once)
-    return Source(path, len(names), chunks, files.stamp, classes, class_names, layout.notes, layout.warnings,
-                  layout.doubts, layout.empty, layout.lacks)
+
+    return Source(
+        path,
+        len(names),
+        chunks,
+        files.stamp,
+        classes,
+        class_names,
+        layout.notes,
+        layout.warnings,
+        layout.doubts,
+        layout.empty,
+        layout.lacks,
+    )
 
 # %% ../nbs/07_data.ipynb #07-data-039
 def check_batch(name: str, data, labels, first: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -634,25 +792,31 @@ def check_batch(name: str, data, labels, first: int, classes: int) -> tuple[np.n
         raise ValueError(f"{name}: {len(data)} images but labels of shape {labels.shape}")
     bad = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(bad):
-        raise ValueError(f"{name}: image {bad[0]} has label {labels[bad[0]] + first}, "
-                         f"out of range {first}..{first + classes - 1}")
+        raise ValueError(
+            f"{name}: image {bad[0]} has label {labels[bad[0]] + first}, "
+            f"out of range {first}..{first + classes - 1}"
+        )
     return data.reshape(-1, 3, side, side), labels
+
 
 def batch_source(path: Path, batches: list, first: int, classes: int, expected, class_names=None) -> Source:
     "Batch files [(name, count, read, stamp)], `read()` giving (data, labels), as one source."
+
     def chunks(at_once=8192):
         for name, _, read, _ in batches:
             pixels, labels = check_batch(name, *read(), first, classes)
             if expected and pixels.shape[1:] != expected:
                 raise ValueError(f"{name}: images are {pixels.shape[1:]}; expected {expected}")
             for i in range(0, len(pixels), at_once):
-                yield pixels[i:i + at_once], labels[i:i + at_once], []
+                yield pixels[i : i + at_once], labels[i : i + at_once], []
+
     count, stamp = sum(b[1] for b in batches), str([b[3] for b in batches])
     return Source(path, count, chunks, stamp, classes, class_names)
 
 # %% ../nbs/07_data.ipynb #07-data-041
 class ArrayUnpickler(pickle.Unpickler):
     "A pickle can run any code when it is opened; this one opens arrays, lists and dictionaries alone."
+
     def find_class(self, module, name):
         known = {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
         if (module.split(".")[0], name) not in known:
@@ -661,8 +825,10 @@ class ArrayUnpickler(pickle.Unpickler):
             module = module.replace("numpy.core", "numpy._core")
         return super().find_class(module, name)
 
+
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR10_FILES = [f"data_batch_{i}" for i in range(1, 6)]
+
 
 def cifar_source(path: Path, expected) -> Source:
     "CIFAR-10's five pickled batches: torchvision's folder, `cifar-10-batches-py` or the downloaded tar.gz."
@@ -701,55 +867,74 @@ def npz_arrays(path: Path) -> dict:
         raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); download it again") from None
     return found
 
+
 def npz_read(path: Path, *keys) -> list:
     "The arrays `keys` of an .npz file."
     try:
-        with np.load(path) as z: return [z[k] for k in keys]
+        with np.load(path) as z:
+            return [z[k] for k in keys]
     except Exception as e:
         raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); download it again") from None
 
 # %% ../nbs/07_data.ipynb #07-data-042b
 def find_samples(path: Path, arrays: dict) -> str:
     "The name of the array of images among `arrays`; `ValueError` saying what there is instead."
-    found = [k for k, (shape, dtype) in arrays.items() if dtype == np.uint8 and len(shape) == 4
-             and (shape[3] in (1, 3) or shape[1] in (1, 3))]
+    found = [
+        k
+        for k, (shape, dtype) in arrays.items()
+        if dtype == np.uint8 and len(shape) == 4 and (shape[3] in (1, 3) or shape[1] in (1, 3))
+    ]
     if "arr_0" in found or len(found) == 1:
         return "arr_0" if "arr_0" in found else found[0]
     if {"mu", "sigma"} <= set(arrays):
-        raise ValueError(f"{path} has no images: it holds mu and sigma, statistics of features. Two such of "
-                         "one feature network are compared by metrics.frechet(np.load(a), np.load(b))")
+        raise ValueError(
+            f"{path} has no images: it holds mu and sigma, statistics of features. Two such of "
+            "one feature network are compared by metrics.frechet(np.load(a), np.load(b))"
+        )
     held = ", ".join(f"{k}: {dtype} {list(shape)}" for k, (shape, dtype) in arrays.items()) or "nothing"
-    raise ValueError(f"{path} has {'several arrays' if found else 'no array'} of images; it holds {held}. "
-                     "Expected: samples as arr_0, uint8 [N, H, W, C]; or ImageNet's data and labels")
+    raise ValueError(
+        f"{path} has {'several arrays' if found else 'no array'} of images; it holds {held}. "
+        "Expected: samples as arr_0, uint8 [N, H, W, C]; or ImageNet's data and labels"
+    )
+
 
 def sample_source(path: Path, arrays: dict, expected) -> Source:
     "Samples as evaluators keep them: arr_0, uint8 [N, H, W, C] or [N, C, H, W], and perhaps labels arr_1."
     key = find_samples(path, arrays)
     shape, last = arrays[key][0], arrays[key][0][3] in (1, 3)
     image = (shape[3], *shape[1:3]) if last else shape[1:]
-    if not shape[0]: raise ValueError(f"{path}: {key} has no images")
+    if not shape[0]:
+        raise ValueError(f"{path}: {key} has no images")
     if expected and image != expected:
         raise ValueError(f"{path}: every image {misfit(image, expected)}")
     labels, doubts = sample_labels(path, arrays, shape[0])
+
     def chunks(at_once=8192):
-        pixels, = npz_read(path, key)
+        (pixels,) = npz_read(path, key)
         for i in range(0, len(pixels), at_once):
-            part = pixels[i:i + at_once]
-            yield (np.ascontiguousarray(part.transpose(0, 3, 1, 2) if last else part),
-                   None if labels is None else labels[i:i + at_once], [])
+            part = pixels[i : i + at_once]
+            yield (
+                np.ascontiguousarray(part.transpose(0, 3, 1, 2) if last else part),
+                None if labels is None else labels[i : i + at_once],
+                [],
+            )
+
     classes = None if labels is None else int(labels.max()) + 1
     ignored = ", ".join(k for k in arrays if k not in (key, "arr_1", "labels"))
     notes = [f"from the array {key}" + (f"; not used: {ignored}" if ignored else "")]
     return Source(path, shape[0], chunks, file_stamp(path), classes, None, notes, [], doubts)
 
+
 def sample_labels(path: Path, arrays: dict, n: int) -> tuple[np.ndarray | None, list]:
     "Labels beside `n` samples, or None; and doubts about them."
     key = next((k for k in ("arr_1", "labels") if k in arrays), None)
-    if key is None: return None, []
+    if key is None:
+        return None, []
     shape, dtype = arrays[key]
     if shape == (n,) and dtype.kind in "iu":
         labels = npz_read(path, key)[0].astype(np.int64)
-        if 0 <= labels.min() and labels.max() < 10**6: return labels, []
+        if 0 <= labels.min() and labels.max() < 10**6:
+            return labels, []
     return None, [f"used without classes: {key} is {dtype} {list(shape)}, not a whole number from 0 an image"]
 
 # %% ../nbs/07_data.ipynb #07-data-042e
@@ -758,19 +943,25 @@ def npz_source(path: Path, expected) -> Source:
     files = [path] if path.is_file() else [path / f"train_data_batch_{i}.npz" for i in range(1, 11)]
     missing = [f.name for f in files if not f.exists()]
     if missing:
-        raise ValueError(f"{path}: {', '.join(missing)} missing of the ten training batches; "
-                         "to use one alone, give its own path")
+        raise ValueError(
+            f"{path}: {', '.join(missing)} missing of the ten training batches; "
+            "to use one alone, give its own path"
+        )
     if path.is_file():
         arrays = npz_arrays(path)
         if not {"data", "labels"} <= set(arrays) or len(arrays["data"][0]) == 4:
             return sample_source(path, arrays, expected)
-    def read(file): return lambda: npz_read(file, "data", "labels")
+
+    def read(file):
+        return lambda: npz_read(file, "data", "labels")
+
     batches = [(f.name, len(npz_read(f, "labels")[0]), read(f), file_stamp(f)) for f in files]
     return batch_source(path, batches, 1, 1000, expected)
 
 # %% ../nbs/07_data.ipynb #07-data-046
-HEADER = 128       # bytes of the .npy header that np.save writes for an array like ours
+HEADER = 128  # bytes of the .npy header that np.save writes for an array like ours
 FORMAT = "dddm-images-1"
+
 
 def npy_header(shape) -> bytes:
     "The .npy header of a uint8 array of `shape`."
@@ -780,6 +971,7 @@ def npy_header(shape) -> bytes:
     if head.tell() != HEADER:
         raise AssertionError(f"numpy wrote a header of {head.tell()} bytes, not {HEADER}")
     return head.getvalue()
+
 
 def decode_into(file, source: Source, on_error: str) -> dict:
     """Decode `source` into the open binary `file` as a .npy array, and return what its sidecar says of it.
@@ -794,24 +986,37 @@ def decode_into(file, source: Source, on_error: str) -> dict:
                 raise ValueError(f"{source.where}: {' '.join(bad[0])}. {CURE}")
             skipped += bad
             bar.update(len(bad) + (0 if pixels is None else len(pixels)))
-            if pixels is None: continue
+            if pixels is None:
+                continue
             file.write(pixels.tobytes())
             sha.update(pixels)
             count, shape = count + len(pixels), pixels.shape[1:]
-            if label is not None: labels.append(label)
+            if label is not None:
+                labels.append(label)
     if not count:
-        raise ValueError(f"{source.where}: none of the {source.count} images could be used; "
-                         f"the first: {' '.join(skipped[0])}")
+        raise ValueError(
+            f"{source.where}: none of the {source.count} images could be used; "
+            f"the first: {' '.join(skipped[0])}"
+        )
     file.seek(0)
     file.write(npy_header((count, *shape)))
-    return {"format": FORMAT, "shape": [count, *shape], "sha256": sha.hexdigest(),
-            "labels": np.concatenate(labels).tolist() if labels else None, "classes": source.classes,
-            "class_names": source.class_names, "skipped": skipped}
+    return {
+        "format": FORMAT,
+        "shape": [count, *shape],
+        "sha256": sha.hexdigest(),
+        "labels": np.concatenate(labels).tolist() if labels else None,
+        "classes": source.classes,
+        "class_names": source.class_names,
+        "skipped": skipped,
+    }
+
 
 CURE = "Repair or remove it, or pass on_error='skip' to leave such images out and list them"
 
 # %% ../nbs/07_data.ipynb #07-data-048
-def expand(path) -> Path: return Path(os.path.expanduser(path))
+def expand(path) -> Path:
+    return Path(os.path.expanduser(path))
+
 
 def cache_folder(cache=None) -> Path:
     """Where decoded images are kept: `cache`, else $DDDM_CACHE, else `dddm` in the user's cache folder.
@@ -830,10 +1035,12 @@ def cache_folder(cache=None) -> Path:
 # %% ../nbs/07_data.ipynb #07-data-049
 FIELDS = {"format", "shape", "sha256", "labels", "classes", "class_names", "skipped", "origin", "fingerprint"}
 
+
 def checksum(meta: dict) -> str:
     "sha256 over a sidecar without its own checksum."
     rest = {k: v for k, v in meta.items() if k != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
 
 def complete(meta: dict, origin: dict) -> dict:
     "The sidecar of what `decode_into` returned: with its `origin`, the fingerprint, and a checksum over all."
@@ -841,22 +1048,25 @@ def complete(meta: dict, origin: dict) -> dict:
     meta = meta | {"origin": origin, "fingerprint": mark}
     return meta | {"checksum": checksum(meta)}
 
+
 def damage(array: Path, meta) -> str:
     "What is wrong with a sidecar, or with the array it describes; an empty text where nothing is."
     if not isinstance(meta, dict) or set(meta) - {"checksum"} != FIELDS:
         return "its description lacks fields"
     if meta.get("checksum", checksum(meta)) != checksum(meta):
         return "its description is damaged"
-    try:                                                       # a sidecar of an older version has no checksum
+    try:  # a sidecar of an older version has no checksum
         mark = fingerprint(meta["sha256"], meta["shape"], 255, meta["labels"], meta["class_names"])
-        if mark != meta["fingerprint"]: return "its labels are damaged"
+        if mark != meta["fingerprint"]:
+            return "its labels are damaged"
         if not all(" ".join(pair) for pair in meta["skipped"]):
             return "its description is damaged"
         size, header = HEADER + math.prod(meta["shape"]), npy_header(meta["shape"])
         if not array.exists() or array.stat().st_size != size:
             return "its length is wrong"
         with open(array, "rb") as file:
-            if file.read(HEADER) != header: return "its header is damaged"
+            if file.read(HEADER) != header:
+                return "its header is damaged"
         pixels = np.memmap(array, np.uint8, "r", HEADER)
         return "" if hashlib.sha256(pixels).hexdigest() == meta["sha256"] else "its checksum is wrong"
     except (OSError, TypeError, ValueError, AssertionError, OverflowError) as e:
@@ -865,12 +1075,14 @@ def damage(array: Path, meta) -> str:
 # %% ../nbs/07_data.ipynb #07-data-049b
 def otherwise(meta: dict, origin: dict, source: Source) -> str:
     "In what a whole sidecar differs from the files, or from how they are understood now; or an empty text."
-    if meta["format"] != FORMAT: return "another version wrote it"
+    if meta["format"] != FORMAT:
+        return "another version wrote it"
     if meta["origin"] != origin:
         return "the files it was made from have changed"
     same = meta["class_names"] == source.class_names and (meta["labels"] is None) == (source.classes is None)
     used = meta["shape"][0] + len(meta["skipped"]) == source.count
     return "" if same and used else "its images or classes are understood otherwise now"
+
 
 def open_cache(base: Path, origin: dict, source: Source) -> tuple[dict | None, str]:
     "The sidecar of the cache at `base` where it is whole and of `source`, else None and why."
@@ -882,8 +1094,10 @@ def open_cache(base: Path, origin: dict, source: Source) -> tuple[dict | None, s
     except (ValueError, OSError, RecursionError) as e:
         return None, f"its description cannot be read ({e})"
     if isinstance(meta, dict) and len(FIELDS & set(meta)) < 5:
-        raise ValueError(f"{side} was not written by dddm; choose another cache folder "
-                         "(cache= or $DDDM_CACHE), or move the file away")
+        raise ValueError(
+            f"{side} was not written by dddm; choose another cache folder "
+            "(cache= or $DDDM_CACHE), or move the file away"
+        )
     why = damage(array, meta) or otherwise(meta, origin, source)
     return (None, why) if why else (meta, "")
 
@@ -895,7 +1109,8 @@ def remove_leftovers(base: Path) -> None:
             if not psutil.pid_exists(int(left.name.split(".")[-2])):
                 left.unlink()
         except (OSError, ValueError):
-            pass                     # another user's, or gone by now
+            pass  # another user's, or gone by now
+
 
 def write_cache(base: Path, origin: dict, source: Source, on_error: str) -> dict:
     """Decode `source` into `base`.npy and .json; returns the sidecar.
@@ -916,7 +1131,8 @@ def write_cache(base: Path, origin: dict, source: Source, on_error: str) -> dict
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, base.with_suffix(".json"))
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
     return meta
 
 # %% ../nbs/07_data.ipynb #07-data-052
@@ -926,13 +1142,17 @@ def cached(base: Path, origin: dict, source: Source, on_error: str) -> tuple[np.
     Where it cannot be written: from memory, with a warning.
     """
     meta, why = open_cache(base, origin, source)
-    if why: warnings.warn(f"the cache {base}.npy is decoded again: {why}")
+    if why:
+        warnings.warn(f"the cache {base}.npy is decoded again: {why}")
     try:
-        if meta is None: meta = write_cache(base, origin, source, on_error)
+        if meta is None:
+            meta = write_cache(base, origin, source, on_error)
         return np.load(base.with_suffix(".npy"), mmap_mode="c"), meta
     except OSError as e:
-        warnings.warn(f"{source.where} is decoded into memory, and will be each time: the cache folder "
-                      f"{base.parent} cannot be written ({e}). Another one: cache= or $DDDM_CACHE")
+        warnings.warn(
+            f"{source.where} is decoded into memory, and will be each time: the cache folder "
+            f"{base.parent} cannot be written ({e}). Another one: cache= or $DDDM_CACHE"
+        )
     memory = io.BytesIO()
     meta = complete(decode_into(memory, source, on_error), origin)
     return np.frombuffer(memory.getbuffer(), np.uint8, offset=HEADER).reshape(meta["shape"]), meta
@@ -940,21 +1160,27 @@ def cached(base: Path, origin: dict, source: Source, on_error: str) -> tuple[np.
 # %% ../nbs/07_data.ipynb #07-data-054
 KNOWN = {
     "cifar10": dict(
-        classes=10, shape=(3, 32, 32),
+        classes=10,
+        shape=(3, 32, 32),
         source="load('cifar10', download=True) fetches it (170 MB, www.cs.toronto.edu/~kriz/cifar.html), or "
-               "path= names torchvision's folder, cifar-10-python.tar.gz, or class folders, packed or not"),
+        "path= names torchvision's folder, cifar-10-python.tar.gz, or class folders, packed or not",
+    ),
     "imagenet64": dict(
-        classes=1000, shape=(3, 64, 64),
+        classes=1000,
+        shape=(3, 64, 64),
         source="image-net.org gives the downsampled batches to registered users; path= names the folder of "
-               "train_data_batch_1.npz … train_data_batch_10.npz, or 1000 class folders, packed or not"),
+        "train_data_batch_1.npz … train_data_batch_10.npz, or 1000 class folders, packed or not",
+    ),
 }
+
 
 def open_archive(path: Path) -> tuple[str, Files]:
     "What the file at `path` is (npz, cifar, zip, tar) and what lies in it; `ValueError` for what else it is."
     if not path.is_file():
         raise ValueError(f"{path} is neither a folder nor a file")
     suffix = path.suffix.lower()
-    with open(path, "rb") as file: kind = kind_of(file.read(512))
+    with open(path, "rb") as file:
+        kind = kind_of(file.read(512))
     if kind == "zip" or not kind and (suffix in (".zip", ".npz") or zipfile.is_zipfile(path)):
         files = list_zip(path)
         arrays = not files.names and all(name.endswith(".npy") for name in files.others)
@@ -963,58 +1189,78 @@ def open_archive(path: Path) -> tuple[str, Files]:
     if kind == "tar" or not kind and (packed or tarfile.is_tarfile(path)):
         files = list_tar(path)
         return "cifar" if any(name.split("/")[-1] in CIFAR10_FILES for name in files.others) else "tar", files
-    if kind.endswith("image"): kind += ": give the folder it lies in"
+    if kind.endswith("image"):
+        kind += ": give the folder it lies in"
     but = f", but a {kind}" if kind else ""
     raise ValueError(f"{path} is no folder, .zip, .tar, .tar.gz or .npz of images{but}")
+
 
 def open_source(path: Path, size, channels, expected, on_error) -> Source:
     "The source at `path`, by what is there: npz files, CIFAR-10's pickles, an archive or a folder of images."
     files = None
-    if not path.is_dir(): kind, files = open_archive(path)
-    elif any(path.glob("train_data_batch_*.npz")): kind = "npz"
-    elif any(path.glob("data_batch_*")) or (path / "cifar-10-batches-py").is_dir(): kind = "cifar"
-    else: return image_source(path, list_folder(path), size, channels, expected, on_error)
+    if not path.is_dir():
+        kind, files = open_archive(path)
+    elif any(path.glob("train_data_batch_*.npz")):
+        kind = "npz"
+    elif any(path.glob("data_batch_*")) or (path / "cifar-10-batches-py").is_dir():
+        kind = "cifar"
+    else:
+        return image_source(path, list_folder(path), size, channels, expected, on_error)
     if kind in ("zip", "tar"):
         return image_source(path, files, size, channels, expected, on_error)
     if size or channels:
-        raise ValueError(f"size={size}, channels={channels}: the arrays in {path} are used as they are; "
-                         "drop these options (in a training: resize)")
+        raise ValueError(
+            f"size={size}, channels={channels}: the arrays in {path} are used as they are; "
+            "drop these options (in a training: resize)"
+        )
     return npz_source(path, expected) if kind == "npz" else cifar_source(path, expected)
 
 # %% ../nbs/07_data.ipynb #07-data-055
 def download_cifar10(folder: Path) -> Path:
     "torchvision's download of CIFAR-10 into `folder`, checked against its md5; `OSError` where it fails."
     from torchvision.datasets import CIFAR10 as Download
-    try: Download(folder, train=True, download=True)
+
+    try:
+        Download(folder, train=True, download=True)
     except (OSError, RuntimeError) as e:
-        raise OSError(f"CIFAR-10 could not be downloaded to {folder} ({e}). "
-                      f"Without a network: {KNOWN['cifar10']['source']}") from e
+        raise OSError(
+            f"CIFAR-10 could not be downloaded to {folder} ({e}). "
+            f"Without a network: {KNOWN['cifar10']['source']}"
+        ) from e
     return folder
+
 
 def find_path(data, path, folder: Path, download: bool) -> Path:
     "The file or folder that `data` and `path` name; `FileNotFoundError` saying where the data comes from."
-    if data not in KNOWN: return find_own(data, path)
+    if data not in KNOWN:
+        return find_own(data, path)
     if path is None and data == "cifar10":
         path = folder / "torchvision"
         if not (path / "cifar-10-batches-py").is_dir():
             if not download:
-                raise FileNotFoundError("data='cifar10' was not downloaded before and path is not given: "
-                                        f"{KNOWN[data]['source']}")
+                raise FileNotFoundError(
+                    f"data='cifar10' was not downloaded before and path is not given: {KNOWN[data]['source']}"
+                )
             download_cifar10(path)
     if path is None or not expand(path).exists():
         raise FileNotFoundError(f"data='{data}', path={path}: not there. {KNOWN[data]['source']}")
     return expand(path)
 
+
 def find_own(data, path) -> Path:
     "The file or folder `data`, which is not the name of a data set."
     if path is not None:
-        raise ValueError(f"data={str(data)!r} with path={path}: path goes with {', '.join(KNOWN)}; "
-                         "for images of your own give their path as data")
-    if expand(data).exists(): return expand(data)
+        raise ValueError(
+            f"data={str(data)!r} with path={path}: path goes with {', '.join(KNOWN)}; "
+            "for images of your own give their path as data"
+        )
+    if expand(data).exists():
+        return expand(data)
     near = difflib.get_close_matches(str(data), ["digits", *KNOWN], 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise FileNotFoundError(f"data={str(data)!r} is neither a path that exists nor one of digits, "
-                            f"{', '.join(KNOWN)}{hint}")
+    raise FileNotFoundError(
+        f"data={str(data)!r} is neither a path that exists nor one of digits, {', '.join(KNOWN)}{hint}"
+    )
 
 # %% ../nbs/07_data.ipynb #07-data-055c
 def check_options(data, path, size, channels, on_error, labels, download, shape, classes) -> None:
@@ -1036,8 +1282,11 @@ def check_options(data, path, size, channels, on_error, labels, download, shape,
     if download and data != "cifar10":
         raise ValueError(f"download=True: only cifar10 can be downloaded, not {data}")
     if data == "digits" and (path or size or channels):
-        raise ValueError(f"path={path}, size={size}, channels={channels}: digits are 8x8, grey and part of "
-                         "scikit-learn; drop these options")
+        raise ValueError(
+            f"path={path}, size={size}, channels={channels}: digits are 8x8, grey and part of "
+            "scikit-learn; drop these options"
+        )
+
 
 def expected_shape(data, size, channels, shape) -> tuple | None:
     "The (C, H, W) that every image must have, or None where the files decide; errors where options disagree."
@@ -1045,7 +1294,8 @@ def expected_shape(data, size, channels, shape) -> tuple | None:
     asked = None if shape is None else tuple(shape)
     if known is None:
         made = asked and (channels or asked[0], size or asked[1], size or asked[2])
-    else: made = (channels or known[0], size or known[1], size or known[2])
+    else:
+        made = (channels or known[0], size or known[1], size or known[2])
     if asked and made != asked:
         raise ValueError(f"shape={asked}, but every image {misfit(made, asked)}")
     return made
@@ -1054,11 +1304,14 @@ def expected_shape(data, size, channels, shape) -> tuple | None:
 def class_problems(source: Source, data, classes: int | None, on_error: str) -> list:
     "Why `source` cannot serve who insists on classes; an empty list where it can."
     found, named = source.classes, KNOWN[data]["classes"] if data in KNOWN else None
-    if found is None: return [f"has no classes: {source.lacks}"]
+    if found is None:
+        return [f"has no classes: {source.lacks}"]
     problems = []
     if source.empty and on_error == "stop":
-        problems.append(f"has no image in the class folder{'s' * (len(source.empty) > 1)} "
-                        f"{in_words(source.empty)}; fill or remove, or pass on_error='skip'")
+        problems.append(
+            f"has no image in the class folder{'s' * (len(source.empty) > 1)} "
+            f"{in_words(source.empty)}; fill or remove, or pass on_error='skip'"
+        )
     if named and found != named:
         problems.append(f"has {found} classes and {data} has {named}; give the path of other images as data=")
     if classes is not None and found != classes:
@@ -1066,12 +1319,14 @@ def class_problems(source: Source, data, classes: int | None, on_error: str) -> 
         problems.append(f"has {found:,} classes{names}, not {classes:,}; ask for classes={found}")
     return problems
 
+
 def settle_classes(source: Source, data, labels, classes, on_error) -> tuple[Source, bool]:
     "`source` with all doubts about classes, and whether its labels are used; `ValueError` if they must be."
     named = KNOWN[data]["classes"] if data in KNOWN else 0
     if source.classes and not source.class_names:
         source = source._replace(classes=max(source.classes, named))
-    if labels is False: return source._replace(doubts=[]), False
+    if labels is False:
+        return source._replace(doubts=[]), False
     problems = class_problems(source, data, classes, on_error)
     if labels or classes is not None:
         if problems:
@@ -1086,19 +1341,38 @@ def settle_classes(source: Source, data, labels, classes, on_error) -> tuple[Sou
 def load_files(data, where: Path, source: Source, expected, size, channels, cache, on_error) -> Images:
     "The images of `source` from the cache, with all their labels."
     name = data if data in KNOWN else re.sub(r"[^A-Za-z0-9_-]+", "-", where.resolve().stem) or "images"
-    fixed = expected if data in KNOWN or on_error == "skip" else None       # under "stop" it changes nothing
-    origin = {"path": str(where.resolve()), "stamp": source.stamp, "expected": fixed and list(fixed),
-              "size": size, "channels": channels}
+    fixed = expected if data in KNOWN or on_error == "skip" else None  # under "stop" it changes nothing
+    origin = {
+        "path": str(where.resolve()),
+        "stamp": source.stamp,
+        "expected": fixed and list(fixed),
+        "size": size,
+        "channels": channels,
+    }
     key = json.dumps([origin[k] for k in ("path", "expected", "size", "channels")])
     base = cache_folder(cache) / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     pixels, meta = cached(base, origin, source, on_error)
     labels = None if meta["labels"] is None else torch.tensor(meta["labels"])
     done = [f"the centred square resized to {size}x{size}"] if size else []
     done += [f"turned to {'grey' if channels == 1 else 'RGB'}"] if channels else []
-    notes = [f"from {where}", *source.notes, f"pixels: {', '.join(done) or 'as they are in the files'}",
-             *(f"in doubt: {doubt}" for doubt in (*source.warnings, *source.doubts))]
-    return Images(torch.from_numpy(pixels), labels, name, meta["fingerprint"], 255, source.classes,
-                  source.class_names, [tuple(s) for s in meta["skipped"]], notes)
+    notes = [
+        f"from {where}",
+        *source.notes,
+        f"pixels: {', '.join(done) or 'as they are in the files'}",
+        *(f"in doubt: {doubt}" for doubt in (*source.warnings, *source.doubts)),
+    ]
+    return Images(
+        torch.from_numpy(pixels),
+        labels,
+        name,
+        meta["fingerprint"],
+        255,
+        source.classes,
+        source.class_names,
+        [tuple(s) for s in meta["skipped"]],
+        notes,
+    )
+
 
 def check_images(images: Images, where, count: int, expected, on_error: str) -> None:
     "Raise `ValueError` where a cache that other options made skipped images or has another shape; warn."
@@ -1107,13 +1381,24 @@ def check_images(images: Images, where, count: int, expected, on_error: str) -> 
     if images.skipped and on_error == "stop":
         raise ValueError(f"{where}: {' '.join(images.skipped[0])}. {CURE}")
     if images.skipped:
-        warnings.warn(f"{len(images.skipped)} of {count} images of {where} were skipped, the first: "
-                      f"{' '.join(images.skipped[0])}")
+        warnings.warn(
+            f"{len(images.skipped)} of {count} images of {where} were skipped, the first: "
+            f"{' '.join(images.skipped[0])}"
+        )
 
 # %% ../nbs/07_data.ipynb #07-data-056
-def load(data, path=None, size: int | None = None, channels: int | None = None, cache=None,
-         on_error: str = "stop", labels: bool | None = None, download: bool = False,
-         shape: tuple | None = None, classes: int | None = None) -> Images:
+def load(
+    data,
+    path=None,
+    size: int | None = None,
+    channels: int | None = None,
+    cache=None,
+    on_error: str = "stop",
+    labels: bool | None = None,
+    download: bool = False,
+    shape: tuple | None = None,
+    classes: int | None = None,
+) -> Images:
     """A data set by name (digits, cifar10, imagenet64), or the path of images, as `Images` on the CPU.
 
     data: a path names a folder, a .zip, a .tar (compressed or not), or samples in an .npz file.

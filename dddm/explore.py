@@ -48,6 +48,7 @@ from .store import decode, encode, whole_file
 # %% ../nbs/12_explore.ipynb #12-explore-005
 FORMAT = "dddm-model-1"
 
+
 def export_model(run_directory, path, description: str, command: str) -> str:
     """Write the averaged weights of a run to `path` (.safetensors) as float16, with its configuration (but for `training.MACHINE` and paths of yours: of a folder of images the name is left), one line on it, and the `command` that trained it.
 
@@ -55,26 +56,38 @@ def export_model(run_directory, path, description: str, command: str) -> str:
     """
     model, run = training.load(run_directory), Path(run_directory)
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    config = {k: v for k, v in json.loads((run / "config.json").read_text()).items() if k not in training.MACHINE}
-    if config.get("store_path"): del config["store_path"]
-    if config["data"] not in ("digits", *KNOWN): config["data"] = f"folder {Path(config['data']).name}"          # no name of a built-in one
-    about = dict(format=FORMAT, description=description, command=command, objective=config["objective"], config=config)
+    config = {
+        k: v for k, v in json.loads((run / "config.json").read_text()).items() if k not in training.MACHINE
+    }
+    if config.get("store_path"):
+        del config["store_path"]
+    if config["data"] not in ("digits", *KNOWN):
+        config["data"] = f"folder {Path(config['data']).name}"  # no name of a built-in one
+    about = dict(
+        format=FORMAT, description=description, command=command, objective=config["objective"], config=config
+    )
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    content = save(half, {"dddm": json.dumps(about, sort_keys=True)})    # several entries have no fixed order
-    with whole_file(path) as part: part.write_bytes(content)
+    content = save(half, {"dddm": json.dumps(about, sort_keys=True)})  # several entries have no fixed order
+    with whole_file(path) as part:
+        part.write_bytes(content)
     return training.sha256(Path(path))
+
 
 def about_model(path) -> dict:
     "What a file of `export_model` says of itself. `FileNotFoundError` where there is none, `ValueError` where it is something else."
-    if not Path(path).is_file(): raise FileNotFoundError(f"{path} is not there")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not there")
     try:
-        with safe_open(path, "pt") as f: about = json.loads((f.metadata() or {}).get("dddm", "{}"))
-    except Exception as e: raise ValueError(f"{path} cannot be read as safetensors ({e})") from None
+        with safe_open(path, "pt") as f:
+            about = json.loads((f.metadata() or {}).get("dddm", "{}"))
+    except Exception as e:
+        raise ValueError(f"{path} cannot be read as safetensors ({e})") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by explore.export_model")
     if not isinstance(about.get("config"), dict) or not isinstance(about.get("description"), str):
         raise ValueError(f"{path} is damaged: it does not say how its model was trained")
     return about
+
 
 def read_model(path) -> DDDM:
     "The model in a file of `export_model`, in eval mode, float32, on the CPU."
@@ -89,24 +102,39 @@ def read_model(path) -> DDDM:
 # %% ../nbs/12_explore.ipynb #12-explore-007
 WEIGHTS = Path(training.__file__).parent / "weights"
 SHIPPED = {  # name: (file, sha256)
-    "digits-paper": ("model-paper.safetensors", "63a7346a2533cceb093cd1d62a6fccdb935cb38a2ef246870670b4a45c924950"),
-    "digits-consistency": ("model-consistency.safetensors", "7829f98b25c205bf6e759acaa8027d71a63deeedcb55f838080e2c1af2eaa5eb"),
-    "digits-few-steps": ("model-few-steps.safetensors", "3294bec6da75135dbc6e893e239e4fbc2d5cf0399293507bb4c381bc8b520e25"),
+    "digits-paper": (
+        "model-paper.safetensors",
+        "63a7346a2533cceb093cd1d62a6fccdb935cb38a2ef246870670b4a45c924950",
+    ),
+    "digits-consistency": (
+        "model-consistency.safetensors",
+        "7829f98b25c205bf6e759acaa8027d71a63deeedcb55f838080e2c1af2eaa5eb",
+    ),
+    "digits-few-steps": (
+        "model-few-steps.safetensors",
+        "3294bec6da75135dbc6e893e239e4fbc2d5cf0399293507bb4c381bc8b520e25",
+    ),
 }
+
 
 def shipped_file(name: str) -> Path:
     "The file of the shipped model `name`; `ValueError` for an unknown name, or where the file's sha256 is not the pinned one."
     refuse_unknown("shipped model", name, list(SHIPPED))
     file, pinned = SHIPPED[name]
     path = WEIGHTS / file
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing: install dddm again")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: install dddm again")
     if (found := training.sha256(path)) != pinned:
-        raise ValueError(f"{path} is not the file that belongs to this version of dddm (its sha256 is {found[:12]}…, not {pinned[:12]}…): install dddm again")
+        raise ValueError(
+            f"{path} is not the file that belongs to this version of dddm (its sha256 is {found[:12]}…, not {pinned[:12]}…): install dddm again"
+        )
     return path
+
 
 def shipped() -> dict[str, str]:
     "The trained models that come with the package: name -> one line on each."
     return {name: about_model(shipped_file(name))["description"] for name in SHIPPED}
+
 
 def shipped_model(name: str) -> DDDM:
     "The shipped model `name`, in eval mode, float32, on the CPU."
@@ -115,35 +143,51 @@ def shipped_model(name: str) -> DDDM:
 # %% ../nbs/12_explore.ipynb #12-explore-012
 def run_directories(folders=("runs", "../runs")) -> list[Path]:
     "The directories in `folders` that hold a run with a checkpoint."
-    found = {p.parent.resolve(): p.parent for folder in folders for p in sorted(Path(folder).glob("*/config.json")) if any(p.parent.glob("checkpoints/step-*"))}
+    found = {
+        p.parent.resolve(): p.parent
+        for folder in folders
+        for p in sorted(Path(folder).glob("*/config.json"))
+        if any(p.parent.glob("checkpoints/step-*"))
+    }
     return list(found.values())
+
 
 def open_model(source) -> tuple[DDDM, str | None]:
     """A model and the name of the data it was trained on, from a `DDDM` (data: None), a shipped model's name, a file of `export_model` or a run directory.
 
     Raises `FileNotFoundError` or `ValueError` that says what is wrong, also for a run whose weights do not fit its configuration.
     """
-    if isinstance(source, DDDM): return source, None
+    if isinstance(source, DDDM):
+        return source, None
     path = shipped_file(source) if source in SHIPPED else Path(source)
-    if path.is_file(): return read_model(path), about_model(path)["config"]["data"]
-    if not path.exists(): raise FileNotFoundError(f"{path} is neither a run directory nor a shipped model; the shipped ones are {', '.join(SHIPPED)}")
-    if not any(path.iterdir()): raise FileNotFoundError(f"{path} is an empty directory: train a run into it, or choose another model")
+    if path.is_file():
+        return read_model(path), about_model(path)["config"]["data"]
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is neither a run directory nor a shipped model; the shipped ones are {', '.join(SHIPPED)}"
+        )
+    if not any(path.iterdir()):
+        raise FileNotFoundError(f"{path} is an empty directory: train a run into it, or choose another model")
     return training.load(path), training.read_config(path).data
 
 # %% ../nbs/12_explore.ipynb #12-explore-014
 def log_steps(last: int = 1000, count: int = 80) -> list[int]:
     "0 and 1 to `last`, the whole numbers nearest to `count` evenly spaced logarithms, and 1, 2, 5, 10, 20, 50, … as far as they go."
     check_count("last", last)
-    round_numbers = {d * 10 ** k for k in range(1 + math.ceil(math.log10(last))) for d in (1, 2, 5)}
-    return sorted({0, *(round(s) for s in np.geomspace(1, last, count)), *(s for s in round_numbers if s <= last)})
+    round_numbers = {d * 10**k for k in range(1 + math.ceil(math.log10(last))) for d in (1, 2, 5)}
+    return sorted(
+        {0, *(round(s) for s in np.geomspace(1, last, count)), *(s for s in round_numbers if s <= last)}
+    )
 
 # %% ../nbs/12_explore.ipynb #12-explore-017
 LONGEST = dict(fixed=1000, ddim=100, renoise=100)
+
 
 def shown_steps(model, steps: int) -> list[int]:
     "Those of `log_steps(steps)` at which a slider shows a model, by the model's own sampler: up to `LONGEST`, and to T where it walks down the schedule."
     own = getattr(model, "sampler", "fixed")
     return [s for s in log_steps(steps) if own == "fixed" or s <= min(LONGEST[own], model.schedule.T)]
+
 
 class Trajectory:
     r"""The samples 0 … n-1 of `seed` after the numbers of steps in `at` (`log_steps`), and in `moved` how far each step moved them.
@@ -153,20 +197,61 @@ class Trajectory:
     model: `DDDM` with a shape. label: as `class_labels` takes it; None: all classes in turn, where the model has some. dtype: uint8 for images, which are cut to [-1, 1]; float32 keeps points as
     they are. memory: most bytes to keep. Raises `ValueError`, before any work, where n samples need more, and for other bad arguments.
     """
-    def __init__(self, model, n: int = 16, seed: int = 0, label=None, steps: int | list[int] | None = None, dtype=torch.uint8, memory: float = 64e6, sampler: str | None = None):
+
+    def __init__(
+        self,
+        model,
+        n: int = 16,
+        seed: int = 0,
+        label=None,
+        steps: int | list[int] | None = None,
+        dtype=torch.uint8,
+        memory: float = 64e6,
+        sampler: str | None = None,
+    ):
         check_count("n", n)
         self.sampler = getattr(model, "sampler", "fixed") if sampler is None else sampler
         refuse_unknown("sampler", self.sampler, SAMPLERS)
-        if model.shape is None: raise ValueError("the model's net has no `shape`, and so does not say what one of its samples looks like")
-        self.at = list(steps) if isinstance(steps, (list, tuple)) else log_steps(LONGEST[self.sampler] if steps is None else steps)
-        if len(self.at) < 2 or self.at[0] != 0 or sorted(set(self.at)) != self.at: raise ValueError(f"steps={steps!r}: give a number of steps, or an ascending list of them that begins with 0")
-        if self.sampler != "fixed" and self.at[-1] > model.schedule.T: raise ValueError(f"steps={self.at[-1]}: the sampler {self.sampler!r} walks down the schedule, which has T={model.schedule.T} times")
-        each = math.prod(model.shape) * (len(self.at) * dtype.itemsize + 12)          # 12: x_T, the estimate and the one before it, as floats
-        if n * each > memory: raise ValueError(f"{n:,} samples need {training.size_text(n * each)} and the bound is {training.size_text(memory)}: at most {int(memory // each):,} fit; ask for fewer, or raise memory=")
-        if label is None and (classes := getattr(model.net, "classes", None)): label = torch.arange(n) % classes
-        self.model, self.n, self.seed, self.label, self.dtype, self.nbytes = model, n, seed, class_labels(model, label, n), dtype, n * each
+        if model.shape is None:
+            raise ValueError(
+                "the model's net has no `shape`, and so does not say what one of its samples looks like"
+            )
+        self.at = (
+            list(steps)
+            if isinstance(steps, (list, tuple))
+            else log_steps(LONGEST[self.sampler] if steps is None else steps)
+        )
+        if len(self.at) < 2 or self.at[0] != 0 or sorted(set(self.at)) != self.at:
+            raise ValueError(
+                f"steps={steps!r}: give a number of steps, or an ascending list of them that begins with 0"
+            )
+        if self.sampler != "fixed" and self.at[-1] > model.schedule.T:
+            raise ValueError(
+                f"steps={self.at[-1]}: the sampler {self.sampler!r} walks down the schedule, which has T={model.schedule.T} times"
+            )
+        each = math.prod(model.shape) * (
+            len(self.at) * dtype.itemsize + 12
+        )  # 12: x_T, the estimate and the one before it, as floats
+        if n * each > memory:
+            raise ValueError(
+                f"{n:,} samples need {training.size_text(n * each)} and the bound is {training.size_text(memory)}: at most {int(memory // each):,} fit; ask for fewer, or raise memory="
+            )
+        if label is None and (classes := getattr(model.net, "classes", None)):
+            label = torch.arange(n) % classes
+        self.model, self.n, self.seed, self.label, self.dtype, self.nbytes = (
+            model,
+            n,
+            seed,
+            class_labels(model, label, n),
+            dtype,
+            n * each,
+        )
         self.x_T, self.first = draws(seed, range(n), model.shape)
-        self.frames, self.moved, self.done = torch.empty(len(self.at), n, *model.shape, dtype=dtype), np.full(self.at[-1], np.nan), 0
+        self.frames, self.moved, self.done = (
+            torch.empty(len(self.at), n, *model.shape, dtype=dtype),
+            np.full(self.at[-1], np.nan),
+            0,
+        )
         self.start = self.first if self.sampler == "fixed" else self.x_T
         self.frames[0] = encode(self.start, dtype)
 
@@ -175,65 +260,119 @@ class Trajectory:
 def states(self: Trajectory, batch_size: int):
     "Yields (s, the samples after s steps, float32 on the CPU) for ascending s: each step of algorithm 2, or each number in `at` of another sampler."
     if self.sampler != "fixed":
-        for s in self.at[1:]: yield s, generate(self.model, self.sampler, self.n, (s,), self.seed, self.label, batch_size, clamp=self.dtype == torch.uint8)[s].float()
+        for s in self.at[1:]:
+            yield (
+                s,
+                generate(
+                    self.model,
+                    self.sampler,
+                    self.n,
+                    (s,),
+                    self.seed,
+                    self.label,
+                    batch_size,
+                    clamp=self.dtype == torch.uint8,
+                )[s].float(),
+            )
         return
     like = next(self.model.parameters(), self.x_T)
+
     def batch(a):
         part = slice(a, a + batch_size)
         label = None if self.label is None else self.label[part].to(like.device)
-        return iterate(self.model, self.x_T[part].to(like), self.first[part].to(like), len(self.moved), label, clamp=self.dtype == torch.uint8)
-    for s, parts in enumerate(zip(*map(batch, range(0, self.n, batch_size))), 1): yield s, torch.cat([p.float().cpu() for p in parts])
+        return iterate(
+            self.model,
+            self.x_T[part].to(like),
+            self.first[part].to(like),
+            len(self.moved),
+            label,
+            clamp=self.dtype == torch.uint8,
+        )
+
+    for s, parts in enumerate(zip(*map(batch, range(0, self.n, batch_size))), 1):
+        yield s, torch.cat([p.float().cpu() for p in parts])
+
 
 @patch
 def run(self: Trajectory, progress=None, stop=None, batch_size: int = 256) -> Trajectory:
     "Compute all steps, with a call of `progress(self)` after each, or those that are done when the `threading.Event` stop is set. Returns itself."
     x = self.start
     for s, new in self.states(batch_size):
-        if stop is not None and stop.is_set(): break
+        if stop is not None and stop.is_set():
+            break
         self.moved[s - 1] = (new - x).flatten(1).norm(dim=1).mean()
-        if s in self.at: self.frames[self.at.index(s)] = encode(new, self.dtype)
+        if s in self.at:
+            self.frames[self.at.index(s)] = encode(new, self.dtype)
         x, self.done = new, s
-        if progress is not None: progress(self)
+        if progress is not None:
+            progress(self)
     return self
 
 # %% ../nbs/12_explore.ipynb #12-explore-read
 @patch
 def samples(self: Trajectory, step: int) -> torch.Tensor:
     "$x_0^{(step)}$ as float32 [n, *shape]; `ValueError` where `step` is not kept, or not computed yet."
-    if step not in self.at: raise ValueError(f"step={step} is not kept; the kept ones are {', '.join(map(str, self.at))}")
-    if step > self.done: raise ValueError(f"step={step} is not computed yet; the last one is {self.done}")
+    if step not in self.at:
+        raise ValueError(f"step={step} is not kept; the kept ones are {', '.join(map(str, self.at))}")
+    if step > self.done:
+        raise ValueError(f"step={step} is not computed yet; the last one is {self.done}")
     return decode(self.frames[self.at.index(step)])
+
 
 @patch
 def kept(self: Trajectory) -> list[int]:
     "The kept steps that are computed, from 1 on."
     return [s for s in self.at if 1 <= s <= self.done]
 
+
 @patch
 def moves(self: Trajectory) -> tuple[str, list, np.ndarray]:
     "What `moved` says, as a title, and at which steps: each step of algorithm 2, or each kept number of another sampler."
-    if not self.done: raise ValueError("the trajectory is not computed yet: run() it first")
+    if not self.done:
+        raise ValueError("the trajectory is not computed yet: run() it first")
     every = list(range(1, self.done + 1)) if self.sampler == "fixed" else self.kept()
-    return "distance moved in each step" if self.sampler == "fixed" else "distance from fewer steps", every, self.moved[np.array(every) - 1]
+    return (
+        "distance moved in each step" if self.sampler == "fixed" else "distance from fewer steps",
+        every,
+        self.moved[np.array(every) - 1],
+    )
 
 # %% ../nbs/12_explore.ipynb #12-explore-021
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
 
+
 class Canvas:
     "A matplotlib figure that is drawn once; marks in data coordinates are then laid over a copy of its pixels."
+
     def __init__(self, figure):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
+
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-        canvas.draw()                      # the layout settles with the second
+        canvas.draw()  # the layout settles with the second
         self.pixels, self.axes = np.asarray(canvas.buffer_rgba())[..., :3].copy(), figure.axes
 
     def marked(self, vertical=(), points=(), lines=()) -> Image.Image:
         "The picture with marks as `mark` takes them."
         image = Image.fromarray(self.pixels)
-        for panel, xy, colour in lines: self.over(image, panel, xy, colour, lambda draw, p: draw.line(p, 255, 6))
-        for panel, xy, colour in points: self.over(image, panel, xy, colour, lambda draw, p: [draw.ellipse([x - 7, y - 7, x + 7, y + 7], 255) for x, y in p])
-        for panel, x in vertical: self.over(image, panel, [(x, y) for y in self.axes[panel].get_ylim()], VERMILION, lambda draw, p: draw.line(p, 255, 6))
+        for panel, xy, colour in lines:
+            self.over(image, panel, xy, colour, lambda draw, p: draw.line(p, 255, 6))
+        for panel, xy, colour in points:
+            self.over(
+                image,
+                panel,
+                xy,
+                colour,
+                lambda draw, p: [draw.ellipse([x - 7, y - 7, x + 7, y + 7], 255) for x, y in p],
+            )
+        for panel, x in vertical:
+            self.over(
+                image,
+                panel,
+                [(x, y) for y in self.axes[panel].get_ylim()],
+                VERMILION,
+                lambda draw, p: draw.line(p, 255, 6),
+            )
         return image
 
     def over(self, image: Image.Image, panel: int, xy, colour, draw) -> None:
@@ -245,6 +384,7 @@ class Canvas:
         p = np.clip(3 * np.stack([p[:, 0] - left, top - p[:, 1]], 1), -1e4, 1e4)
         draw(ImageDraw.Draw(mask), [tuple(v) for v in p.tolist()])
         image.paste(colour, (left, height - top), mask.reduce(3))
+
 
 def mark(figure, vertical=(), points=(), lines=()):
     """Draw marks on a matplotlib figure, and return it.
@@ -266,58 +406,97 @@ def png(pixels, level: int = 1) -> bytes:
     image.save(out, "png", compress_level=level)
     return out.getvalue()
 
+
 def page(width: float, height: float):
     "A matplotlib `Figure`, `width` by `height` inches, that a notebook shows also without pyplot."
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), dpi=80, layout="constrained")
+
     def as_png() -> bytes:
         pixels = Image.fromarray(Canvas(figure).pixels)
-        return png(pixels.quantize(128, Image.Quantize.MAXCOVERAGE), 9)    # 128 colours, a third of the bytes
+        return png(pixels.quantize(128, Image.Quantize.MAXCOVERAGE), 9)  # 128 colours, a third of the bytes
+
     figure._repr_png_ = as_png
     return figure
+
 
 def picture(trajectory: Trajectory, step: int, width: int = 620) -> np.ndarray:
     "The images at `step` as one picture, about `width` pixels wide: uint8 [height, width, 3]."
     columns = min(trajectory.n, math.ceil(math.sqrt(4 * trajectory.n)))
-    return grid(trajectory.samples(step), columns, max(1, width // (columns * (trajectory.model.shape[-1] + 1))))
+    return grid(
+        trajectory.samples(step), columns, max(1, width // (columns * (trajectory.model.shape[-1] + 1)))
+    )
 
 # %% ../nbs/12_explore.ipynb #12-explore-025
 def check_images(model, data: Images | None) -> None:
     "`ValueError` unless the model makes pictures, and of the same shape as `data`, if any."
-    if model.shape is None or len(model.shape) != 3 or model.shape[0] not in (1, 3): raise ValueError(f"the model's samples have shape {model.shape}; pictures have (1 or 3, height, width)")
-    if data is not None and tuple(data.shape) != tuple(model.shape): raise ValueError(f"the images of data={data.name!r} have shape {tuple(data.shape)}, the model's {tuple(model.shape)}; give others, or none")
+    if model.shape is None or len(model.shape) != 3 or model.shape[0] not in (1, 3):
+        raise ValueError(
+            f"the model's samples have shape {model.shape}; pictures have (1 or 3, height, width)"
+        )
+    if data is not None and tuple(data.shape) != tuple(model.shape):
+        raise ValueError(
+            f"the images of data={data.name!r} have shape {tuple(data.shape)}, the model's {tuple(model.shape)}; give others, or none"
+        )
+
 
 def real_spacing(data: Images) -> float:
     "The mean distance from an image of `data` to its nearest other one; from 1,000 images at even spacing where there are more."
     own = torch.linspace(0, len(data) - 1, min(1000, len(data))).long().unique()
-    return nearest(data.get(own)[0].flatten(1), data.get(torch.arange(len(data)))[0].flatten(1), own)[0].mean().item()
+    return (
+        nearest(data.get(own)[0].flatten(1), data.get(torch.arange(len(data)))[0].flatten(1), own)[0]
+        .mean()
+        .item()
+    )
+
 
 def frechet_distances(trajectory: Trajectory, data: Images) -> tuple[list, float]:
     "The Fréchet distance FD-`data.name` to `data` at each kept step, and what as many real images would score."
     extractor = load_extractor(data.name, device="cpu")
     real = reference_features(data, extractor, cache=False, progress=False)
-    found = [measure(extract(trajectory.samples(s), extractor, progress=False), real)[f"FD-{data.name}"] for s in trajectory.kept()]
+    found = [
+        measure(extract(trajectory.samples(s), extractor, progress=False), real)[f"FD-{data.name}"]
+        for s in trajectory.kept()
+    ]
     return [f.value for f in found], found[0].floor
+
 
 def curves(trajectory: Trajectory, data: Images | None = None) -> dict:
     "What is drawn under the pictures: title -> (steps, values, value of real images or None). `data`: what the samples should look like."
     title, every, moved = trajectory.moves()
     found = {title: (every, moved, None)}
-    if data is None: return found
+    if data is None:
+        return found
     images = data.get(torch.arange(len(data)))[0].flatten(1)
-    found["distance to the nearest data image"] = trajectory.kept(), [nearest(trajectory.samples(s).flatten(1), images)[0].mean().item() for s in trajectory.kept()], real_spacing(data)
-    if data.name in FEATURES and trajectory.n > FEATURES[data.name]["dimension"]: found[f"FD-{data.name}, {trajectory.n} images"] = trajectory.kept(), *frechet_distances(trajectory, data)
+    found["distance to the nearest data image"] = (
+        trajectory.kept(),
+        [nearest(trajectory.samples(s).flatten(1), images)[0].mean().item() for s in trajectory.kept()],
+        real_spacing(data),
+    )
+    if data.name in FEATURES and trajectory.n > FEATURES[data.name]["dimension"]:
+        found[f"FD-{data.name}, {trajectory.n} images"] = (
+            trajectory.kept(),
+            *frechet_distances(trajectory, data),
+        )
     return found
+
 
 def draw_curves(axes, found: dict) -> None:
     "Each of `curves` in one of `axes`."
     for ax, (title, (steps, values, real)), colour in zip(axes, found.items(), (BLUE, ORANGE, GREEN)):
         ax.plot(steps, values, color=colour, lw=1.8)
-        if real is not None: ax.axhline(real, color="k", ls="--", lw=1, label="real images"); ax.legend(fontsize=8)
+        if real is not None:
+            ax.axhline(real, color="k", ls="--", lw=1, label="real images")
+            ax.legend(fontsize=8)
         ax.set(xscale="log", xlabel="sampling steps", xlim=(0.9, steps[-1] * 1.1))
-        if "nearest" in title: ax.set_ylim(0, 1.1 * max(values))
-        else: ax.set_yscale("log")
-        ax.set_title(title, fontsize=10); ax.grid(alpha=0.3)
+        if "nearest" in title:
+            ax.set_ylim(0, 1.1 * max(values))
+        else:
+            ax.set_yscale("log")
+        ax.set_title(title, fontsize=10)
+        ax.grid(alpha=0.3)
+
 
 def curves_figure(found: dict):
     "`curves` side by side, a matplotlib figure."
@@ -332,7 +511,8 @@ def steps_figure(trajectory: Trajectory, steps=None, data: Images | None = None)
     steps: None for those of 1, 2, 5, 20, 100 and 1000 that there are. `ValueError` for others than kept ones.
     """
     check_images(trajectory.model, data)
-    if steps is None: steps = [s for s in (1, 2, 5, 20, 100, 1000) if s in trajectory.kept()]
+    if steps is None:
+        steps = [s for s in (1, 2, 5, 20, 100, 1000) if s in trajectory.kept()]
     rows, found = [trajectory.samples(s)[:16] for s in steps], curves(trajectory, data)
     heights = 0.62 * len(rows), 2.4
     figure = page(8, sum(heights))
@@ -351,8 +531,10 @@ class Explorer:
 
     `message` is a line of text that says what is shown or what is wrong.
     """
+
     def __init__(self):
         import ipywidgets as widgets
+
         self.message, self.box = widgets.HTML(), widgets.VBox()
 
     def __repr__(self):
@@ -368,11 +550,19 @@ class Explorer:
         self.box.close()
 
     def tell(self, text: str, wrong: bool = False) -> None:
-        look = 'role="alert" class="dddm-wrong" style="color:#B00020' if wrong else 'role="status" class="dddm-message" style="color:inherit'
+        look = (
+            'role="alert" class="dddm-wrong" style="color:#B00020'
+            if wrong
+            else 'role="status" class="dddm-message" style="color:inherit'
+        )
         self.message.value = f'<div {look}; line-height:1.4">{html.escape(text)}</div>'
 
     def fail(self, error: Exception) -> None:
-        self.tell(str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}", wrong=True)
+        self.tell(
+            str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}",
+            wrong=True,
+        )
+
 
 STYLE = dict(description_width="initial")
 
@@ -380,12 +570,16 @@ STYLE = dict(description_width="initial")
 def number(value: int, name: str):
     "A field for a whole number."
     import ipywidgets as widgets
+
     return widgets.IntText(value, description=name, style=STYLE, layout=dict(width="130px"))
+
 
 def choice(options, name: str, **more):
     "A menu."
     import ipywidgets as widgets
+
     return widgets.Dropdown(options=options, description=name, style=STYLE, layout=dict(width="auto"), **more)
+
 
 def put(frame, pixels, text: str) -> None:
     "Show a picture in `frame`, an ipywidgets HTML, with `text` for those who do not see it."
@@ -393,12 +587,14 @@ def put(frame, pixels, text: str) -> None:
     look = 'decoding="sync" style="max-width:100%; display:block"'
     frame.value = f'<img {look} alt="{html.escape(text)}" src="{source}">'
 
+
 def step_slider(at: list[int]) -> tuple:
     """A slider over the steps `at`, a button that plays through them, and a field to type a step into.
 
     The typed number becomes the nearest in `at`.
     """
     import ipywidgets as widgets
+
     options = [("0 (noise)" if s == 0 else f"{s:,}", s) for s in at]
     look = dict(description="steps", layout=dict(width="400px"), style=STYLE)
     slider = widgets.SelectionSlider(options=options, value=1, **look)
@@ -406,19 +602,25 @@ def step_slider(at: list[int]) -> tuple:
     widgets.link((play, "value"), (slider, "index"))
     field = widgets.BoundedIntText(1, 0, at[-1], description="go to", style=STYLE, layout=dict(width="120px"))
     slider.observe(lambda change: field.set_trait("value", change["new"]), "value")
+
     def typed(change):
         slider.value = min(at, key=lambda s: abs(s - change["new"]))
         field.value = slider.value
+
     field.observe(typed, "value")
     return slider, play, field
 
 # %% ../nbs/12_explore.ipynb #12-explore-031
 RUNNING = weakref.WeakSet()
 
+
 @atexit.register
 def stop_all() -> None:
     "End the threads of all explorers."
-    for explorer in list(RUNNING): explorer.stop.set(); explorer.wait(10)
+    for explorer in list(RUNNING):
+        explorer.stop.set()
+        explorer.wait(10)
+
 
 class StepExplorer(Explorer):
     """Samples of a model after 0 to `steps` steps of its own sampler (algorithm 2 but for a few; the others up to 100), under a slider.
@@ -427,18 +629,33 @@ class StepExplorer(Explorer):
     directories. memory: most bytes that trajectories may take; those used last are kept. data: `Images` for the curves (None: all digits, for models of digits).
     What is wrong is told in the widget. Trajectories are computed in a thread; `wait()` waits for it, and `trajectory` is the one that is shown.
     """
-    def __init__(self, model=None, n: int = 16, seed: int = 0, steps: int = 1000, runs=("runs", "../runs"),
-                 memory: float = 64e6, data: Images | None = None):
+
+    def __init__(
+        self,
+        model=None,
+        n: int = 16,
+        seed: int = 0,
+        steps: int = 1000,
+        runs=("runs", "../runs"),
+        memory: float = 64e6,
+        data: Images | None = None,
+    ):
         import ipywidgets as widgets
+
         super().__init__()
         self.steps, self.memory, self.data = steps, memory, data
         self.cache, self.lock, self.stop = OrderedDict(), threading.RLock(), threading.Event()
         self.thread = self.trajectory = self.canvas = None
         model = next(iter(SHIPPED)) if model is None else str(model) if isinstance(model, Path) else model
-        options = [(f"shipped: {k}", k) for k in SHIPPED] + [(f"run: {p}", str(p)) for p in run_directories(runs)]
+        options = [(f"shipped: {k}", k) for k in SHIPPED] + [
+            (f"run: {p}", str(p)) for p in run_directories(runs)
+        ]
         if model not in [v for _, v in options]:
             options.insert(0, ("the given model" if isinstance(model, DDDM) else str(model), model))
-        self.model, self.label = choice(options, "model", value=model), choice([("all in turn", None)], "class")
+        self.model, self.label = (
+            choice(options, "model", value=model),
+            choice([("all in turn", None)], "class"),
+        )
         self.seed, self.n = number(seed, "seed"), number(n, "images")
         self.step, self.play, self.go_to = step_slider(log_steps(steps))
         layout = dict(width="620px")
@@ -455,11 +672,13 @@ class StepExplorer(Explorer):
 
     def wait(self, seconds: float = 600) -> "StepExplorer":
         "Wait until the trajectory that was asked for last is computed; returns itself."
-        if self.thread is not None: self.thread.join(seconds)
+        if self.thread is not None:
+            self.thread.join(seconds)
         return self
 
 # %% ../nbs/12_explore.ipynb #12-explore-033
 IN_WORDS = dict(fixed="", ddim=" of DDIM", renoise=" of re-noising")
+
 
 @patch
 def ask(self: StepExplorer, change=None) -> None:
@@ -467,7 +686,8 @@ def ask(self: StepExplorer, change=None) -> None:
     with self.lock:
         self.stop.set()
         self.stop = threading.Event()
-        if change is not None and change.owner is self.model: self.offer_classes(None)
+        if change is not None and change.owner is self.model:
+            self.offer_classes(None)
         key = self.model.value, self.seed.value, self.n.value, self.label.value
         if key in self.cache:
             self.cache.move_to_end(key)
@@ -476,67 +696,114 @@ def ask(self: StepExplorer, change=None) -> None:
             self.thread = threading.Thread(target=self.compute, args=(key, self.stop), daemon=True)
             self.thread.start()
 
+
 @patch
 def offer_classes(self: StepExplorer, classes: int | None) -> None:
     "Let the reader choose among `classes`, where the model has some."
     options = (("all in turn", None), *((str(k), k) for k in range(classes or 0)))
-    if tuple(self.label.options) == options: return
+    if tuple(self.label.options) == options:
+        return
     self.label.unobserve(self.ask, "value")
     self.label.options, self.label.layout.display = options, None if classes else "none"
-    self.label.index = None; self.label.index = 0                              # else the browser may show an empty menu
+    self.label.index = None
+    self.label.index = 0  # else the browser may show an empty menu
     self.label.observe(self.ask, "value")
+
 
 @patch
 def compute(self: StepExplorer, key, stop) -> None:
     "A thread's work: open the model, compute the trajectory, draw its curves; given up when `stop` is set."
     (source, seed, n, label), told = key, [0.0]
+
     def progress(trajectory):
-        if time.monotonic() - told[0] < 0.1: return
+        if time.monotonic() - told[0] < 0.1:
+            return
         told[0] = time.monotonic()
         self.show(trajectory, stop=stop)
+
     try:
         model, name = open_model(source)
         data = digits() if self.data is None and name == "digits" else self.data
         check_images(model, data)
         classes = getattr(model.net, "classes", None)
         with self.lock:
-            if not stop.is_set(): self.offer_classes(classes)
+            if not stop.is_set():
+                self.offer_classes(classes)
         trajectory = Trajectory(model, n, seed, label, shown_steps(model, self.steps), memory=self.memory)
         with self.lock:
-            while self.cache and trajectory.nbytes + sum(t.nbytes for t, _ in self.cache.values()) > self.memory: self.cache.popitem(last=False)
+            while (
+                self.cache and trajectory.nbytes + sum(t.nbytes for t, _ in self.cache.values()) > self.memory
+            ):
+                self.cache.popitem(last=False)
         trajectory.run(progress, stop)
-        if not stop.is_set(): self.show(trajectory, Canvas(curves_figure(curves(trajectory, data))), stop, key)
-    except Exception as e: self.fail(e, stop)
+        if not stop.is_set():
+            self.show(trajectory, Canvas(curves_figure(curves(trajectory, data))), stop, key)
+    except Exception as e:
+        self.fail(e, stop)
 
 # %% ../nbs/12_explore.ipynb #12-explore-034
 @patch
 def show(self: StepExplorer, trajectory, canvas=None, stop=None, key=None) -> None:
     "Make `trajectory` the one that is drawn, above its curves, and keep both as `key`; unless `stop` is set."
     with self.lock:
-        if stop is not None and stop.is_set(): return
-        if key is not None: self.cache[key] = trajectory, canvas
-        self.trajectory, self.canvas, self.progress.max, self.progress.value = trajectory, canvas, trajectory.at[-1], trajectory.done
+        if stop is not None and stop.is_set():
+            return
+        if key is not None:
+            self.cache[key] = trajectory, canvas
+        self.trajectory, self.canvas, self.progress.max, self.progress.value = (
+            trajectory,
+            canvas,
+            trajectory.at[-1],
+            trajectory.done,
+        )
         self.image.layout.display, self.curves.layout.display = None, None if canvas else "none"
         self.draw()
+
 
 @patch
 def draw(self: StepExplorer, change=None) -> None:
     "Draw the step that the slider names, or while that is not computed yet, the last one before it."
     with self.lock:
-        if (t := self.trajectory) is None: return
+        if (t := self.trajectory) is None:
+            return
         step = max(s for s in t.at if s <= min(self.step.value, t.done))
         put(self.image, picture(t, step), f"{t.n} samples after {step} steps")
-        if self.canvas: put(self.curves, self.canvas.marked([(panel, step) for panel in range(len(self.canvas.axes))]), "curves over the number of steps: " + ", ".join(ax.get_title() for ax in self.canvas.axes))
-        if t.sampler == "fixed": what = f"the last one moved an image by {t.moved[step - 1]:.3g}, on average" if step else "the noise that the first estimate is"
-        else: what = f"an image is {t.moved[step - 1]:.3g} from the one after {t.at[t.at.index(step) - 1]:,}, on average" if step else "the noise that it starts from"
-        waiting = "" if step >= self.step.value else f" Step {self.step.value:,} is being computed." if self.step.value <= t.at[-1] else f" This sampler is shown up to {t.at[-1]:,} steps."
-        self.tell(f"{t.n:,} image{'s' * (t.n > 1)} after {step:,} step{'s' * (step != 1)}{IN_WORDS[t.sampler]}: {what}.{waiting}")
+        if self.canvas:
+            put(
+                self.curves,
+                self.canvas.marked([(panel, step) for panel in range(len(self.canvas.axes))]),
+                "curves over the number of steps: " + ", ".join(ax.get_title() for ax in self.canvas.axes),
+            )
+        if t.sampler == "fixed":
+            what = (
+                f"the last one moved an image by {t.moved[step - 1]:.3g}, on average"
+                if step
+                else "the noise that the first estimate is"
+            )
+        else:
+            what = (
+                f"an image is {t.moved[step - 1]:.3g} from the one after {t.at[t.at.index(step) - 1]:,}, on average"
+                if step
+                else "the noise that it starts from"
+            )
+        waiting = (
+            ""
+            if step >= self.step.value
+            else f" Step {self.step.value:,} is being computed."
+            if self.step.value <= t.at[-1]
+            else f" This sampler is shown up to {t.at[-1]:,} steps."
+        )
+        self.tell(
+            f"{t.n:,} image{'s' * (t.n > 1)} after {step:,} step{'s' * (step != 1)}{IN_WORDS[t.sampler]}: {what}.{waiting}"
+        )
+
 
 @patch
 def fail(self: StepExplorer, error: Exception, stop=None) -> None:
     "Say what is wrong, in place of the pictures; unless `stop` is set."
     with self.lock:
-        if stop is not None and stop.is_set(): return
+        if stop is not None and stop.is_set():
+            return
         self.trajectory, self.progress.value = None, 0
         self.image.layout.display = self.curves.layout.display = "none"
         Explorer.fail(self, error)
@@ -544,20 +811,26 @@ def fail(self: StepExplorer, error: Exception, stop=None) -> None:
 # %% ../nbs/12_explore.ipynb #12-explore-048
 def check_points(mixture, model) -> None:
     if model.shape is None or tuple(model.shape) != (2,) or mixture.means.shape[1] != 2:
-        raise ValueError(f"the model's samples have shape {model.shape} and the mixture's {tuple(mixture.means.shape[1:])}; both must be points of the plane, (2,)")
+        raise ValueError(
+            f"the model's samples have shape {model.shape} and the mixture's {tuple(mixture.means.shape[1:])}; both must be points of the plane, (2,)"
+        )
+
 
 def end_points(mixture, trajectory: Trajectory) -> torch.Tensor:
     r"The exact $f(\cdot, x_T, T)$ of (2) for the trajectory's $x_T$: float32 [n, 2]."
     schedule = trajectory.model.schedule
     return mixture.flow(trajectory.x_T, schedule.T, schedule, tol=1e-6).float()
 
-def mixture_figure(mixture, trajectory: Trajectory, step: int | None = None,
-                   ends: torch.Tensor | None = None):
+
+def mixture_figure(
+    mixture, trajectory: Trajectory, step: int | None = None, ends: torch.Tensor | None = None
+):
     """Iterates at `step` (None: none) over the modes and the exact end points, and the curves, as a `page`.
 
     trajectory: of points (dtype float32). ends: `end_points`, where they are known.
     """
     from matplotlib.patches import Circle
+
     check_points(mixture, trajectory.model)
     ends = end_points(mixture, trajectory) if ends is None else ends
     figure = page(7.75, 3.6)
@@ -580,13 +853,17 @@ def mixture_figure(mixture, trajectory: Trajectory, step: int | None = None,
     right.legend(fontsize=8)
     return figure if step is None else mark(figure, **mixture_marks(trajectory, step))
 
-def mixture_marks(trajectory: Trajectory, step: int) -> dict: return dict(vertical=[(1, step)], points=[(0, trajectory.samples(step), BLUE)])
+
+def mixture_marks(trajectory: Trajectory, step: int) -> dict:
+    return dict(vertical=[(1, step)], points=[(0, trajectory.samples(step), BLUE)])
 
 # %% ../nbs/12_explore.ipynb #12-explore-049
 class MixtureExplorer(Explorer):
     "Points of the plane under a slider, beside their exact end points. mixture: `GaussianMixture`; models: name -> `DDDM` of points; n: how many points."
+
     def __init__(self, mixture, models: dict, n: int = 200, seed: int = 0, steps: int = 1000):
         import ipywidgets as widgets
+
         super().__init__()
         self.mixture, self.models, self.steps, self.trajectory = mixture, models, steps, None
         self.model = choice(list(models), "model")
@@ -605,7 +882,13 @@ class MixtureExplorer(Explorer):
         "The trajectory that the controls name, and its figure."
         try:
             check_points(self.mixture, model := self.models[self.model.value])
-            trajectory = Trajectory(model, self.n.value, self.seed.value, steps=shown_steps(model, self.steps), dtype=torch.float32)
+            trajectory = Trajectory(
+                model,
+                self.n.value,
+                self.seed.value,
+                steps=shown_steps(model, self.steps),
+                dtype=torch.float32,
+            )
             self.trajectory, self.ends = trajectory.run(), end_points(self.mixture, trajectory)
             self.canvas = Canvas(mixture_figure(self.mixture, trajectory, ends=self.ends))
             self.image.layout.display = None
@@ -615,11 +898,19 @@ class MixtureExplorer(Explorer):
             self.fail(e)
 
     def draw(self, change=None) -> None:
-        if self.trajectory is None: return
+        if self.trajectory is None:
+            return
         step = max(s for s in self.trajectory.at if s <= self.step.value)
         x = self.trajectory.samples(step)
-        put(self.image, self.canvas.marked(**mixture_marks(self.trajectory, step)), f"{len(x)} points after {step} steps, the modes and the exact end points; distances over steps")
-        self.tell(f"{len(x)} points after {step:,} step{'s' * (step != 1)}: on average {(x - self.ends).norm(dim=1).mean():.3g} from their exact end points." + (f" This sampler is shown up to {step:,} steps." if step < self.step.value else ""))
+        put(
+            self.image,
+            self.canvas.marked(**mixture_marks(self.trajectory, step)),
+            f"{len(x)} points after {step} steps, the modes and the exact end points; distances over steps",
+        )
+        self.tell(
+            f"{len(x)} points after {step:,} step{'s' * (step != 1)}: on average {(x - self.ends).norm(dim=1).mean():.3g} from their exact end points."
+            + (f" This sampler is shown up to {step:,} steps." if step < self.step.value else "")
+        )
 
 # %% ../nbs/12_explore.ipynb #12-explore-055
 def value_and_gradient(of, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -628,40 +919,70 @@ def value_and_gradient(of, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     value = of(r)
     return value.detach(), torch.autograd.grad(value.sum(), r)[0]
 
-FORMS = {"pseudo-Huber, r of pixels": (BLUE, lambda r, c: pseudo(r, c)), "Pseudo-LPIPS (7), r of features": (ORANGE, lambda r, c: pseudo(r * r, c))}
+
+FORMS = {
+    "pseudo-Huber, r of pixels": (BLUE, lambda r, c: pseudo(r, c)),
+    "Pseudo-LPIPS (7), r of features": (ORANGE, lambda r, c: pseudo(r * r, c)),
+}
+
 
 def distance_panels(axes, schedule: VPSchedule) -> None:
     "What does not move: the norm and its square as grey lines in two panels, the forward process in the third."
     r = torch.logspace(-3, 2, 50)
     for ax, title, of in zip(axes, ("distance d", "gradient of d"), (lambda v, g: v, lambda v, g: g)):
-        for style, reference in (("--", lambda r: 1 * r), (":", lambda r: r * r)): ax.plot(r, of(*value_and_gradient(reference, r)), style, color=GREY, lw=1)
-        ax.set(xscale="log", yscale="log", xlim=(1e-3, 1e2), ylim=(1e-7, 1e6) if title == "distance d" else (1e-4, 1e4), xlabel="size of the difference r"); ax.set_title(title, fontsize=10)
-    for name, (colour, _) in FORMS.items(): axes[0].plot([], [], color=colour, lw=2, label=name)
-    for name, style in (("of r", "--"), ("of r²", ":")): axes[1].plot([], [], style, color=GREY, lw=1, label=name)
-    for ax in axes[:2]: ax.legend(fontsize=7, loc="upper left")
-    axes[2].plot(schedule.alphas_bar.sqrt(), color=GREEN, label=r"signal $\sqrt{\bar\alpha_t}$"); axes[2].plot((1 - schedule.alphas_bar).sqrt(), "--", color="k", label=r"noise $\sqrt{1-\bar\alpha_t}$")
-    axes[2].set(xlabel="t", xlim=(0, schedule.T), ylim=(0, 1.05)); axes[2].set_title("forward process", fontsize=10); axes[2].legend(fontsize=7)
+        for style, reference in (("--", lambda r: 1 * r), (":", lambda r: r * r)):
+            ax.plot(r, of(*value_and_gradient(reference, r)), style, color=GREY, lw=1)
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlim=(1e-3, 1e2),
+            ylim=(1e-7, 1e6) if title == "distance d" else (1e-4, 1e4),
+            xlabel="size of the difference r",
+        )
+        ax.set_title(title, fontsize=10)
+    for name, (colour, _) in FORMS.items():
+        axes[0].plot([], [], color=colour, lw=2, label=name)
+    for name, style in (("of r", "--"), ("of r²", ":")):
+        axes[1].plot([], [], style, color=GREY, lw=1, label=name)
+    for ax in axes[:2]:
+        ax.legend(fontsize=7, loc="upper left")
+    axes[2].plot(schedule.alphas_bar.sqrt(), color=GREEN, label=r"signal $\sqrt{\bar\alpha_t}$")
+    axes[2].plot((1 - schedule.alphas_bar).sqrt(), "--", color="k", label=r"noise $\sqrt{1-\bar\alpha_t}$")
+    axes[2].set(xlabel="t", xlim=(0, schedule.T), ylim=(0, 1.05))
+    axes[2].set_title("forward process", fontsize=10)
+    axes[2].legend(fontsize=7)
 
 # %% ../nbs/12_explore.ipynb #12-explore-056
 @lru_cache(1)
 def eight_digits() -> tuple:
     "The first eight digits and a fixed noise, both [8, 1, 8, 8]; and how the two forms measure the size of a difference: l2 of pixels, root of LPIPS."
     lpips = distance("lpips", features=trunk("digits"))
-    return digits().get(torch.arange(8))[0], draws(0, range(8), (1, 8, 8))[0], (distance("l2"), lambda x, y: lpips(x, y).sqrt())
+    return (
+        digits().get(torch.arange(8))[0],
+        draws(0, range(8), (1, 8, 8))[0],
+        (distance("l2"), lambda x, y: lpips(x, y).sqrt()),
+    )
+
 
 def noisy_digits(t: int, schedule: VPSchedule) -> tuple[torch.Tensor, list[torch.Tensor]]:
     "Eight digits as the forward process has them at t, [8, 1, 8, 8], and the sizes of their differences from the clean ones, of pixels and of features, each [8]."
     x0, noise, sizes = eight_digits()
     x_t = schedule.diffuse(x0, torch.full((8,), t), noise)
-    with torch.no_grad(): return x_t, [size(x_t, x0) for size in sizes]
+    with torch.no_grad():
+        return x_t, [size(x_t, x0) for size in sizes]
+
 
 def distance_marks(sizes: list[torch.Tensor], t: int, c: float) -> dict:
     "The curves of both forms at c, a dot on them for each of the `sizes` that `noisy_digits` gives, and t."
     r, marks = torch.logspace(-3, 2, 100), dict(vertical=[(2, t)], lines=[], points=[])
     for (colour, of), dots in zip(FORMS.values(), sizes):
         for kind, at in ("lines", r), ("points", dots):
-            marks[kind] += [(panel, torch.stack([at, v], 1), colour) for panel, v in enumerate(value_and_gradient(lambda r: of(r, c), at))]
+            marks[kind] += [
+                (panel, torch.stack([at, v], 1), colour)
+                for panel, v in enumerate(value_and_gradient(lambda r: of(r, c), at))
+            ]
     return marks
+
 
 def distance_figure(t: int = 300, c: float = 0.03, schedule: VPSchedule | None = None):
     "Eight digits at t, and the pseudo distances at c: what `DistanceExplorer` shows, as a `page`."
@@ -676,15 +997,20 @@ def distance_figure(t: int = 300, c: float = 0.03, schedule: VPSchedule | None =
     top.imshow(grid(x_t, len(x_t)))
     return mark(figure, **distance_marks(sizes, t, c))
 
+
 def check_distance(t: int, c: float, schedule: VPSchedule) -> None:
-    if not 0 <= t <= schedule.T: raise ValueError(f"t={t}: must lie in 0..{schedule.T}")
-    if not 0 <= c < math.inf: raise ValueError(f"c={c}: must be a number >= 0")
+    if not 0 <= t <= schedule.T:
+        raise ValueError(f"t={t}: must lie in 0..{schedule.T}")
+    if not 0 <= c < math.inf:
+        raise ValueError(f"c={c}: must be a number >= 0")
 
 # %% ../nbs/12_explore.ipynb #12-explore-057
 class DistanceExplorer(Explorer):
     "Eight digits under the forward process, and what the pseudo distances make of the error: sliders for t and c."
+
     def __init__(self, t: int = 300, c: float = 0.03, schedule: VPSchedule | None = None):
         import ipywidgets as widgets
+
         super().__init__()
         self.schedule = schedule or VPSchedule()
         last, look = self.schedule.T, dict(style=STYLE, layout=dict(width="480px"))
@@ -703,14 +1029,22 @@ class DistanceExplorer(Explorer):
         try:
             (x_t, sizes), t, c = noisy_digits(self.t.value, self.schedule), self.t.value, self.c.value
             put(self.image, grid(x_t, len(x_t), 8), f"eight digits at t = {t}")
-            put(self.curves, self.canvas.marked(**distance_marks(sizes, t, c)), "pseudo distances and their gradients over the size of the difference; the forward process over t")
-            self.tell(f"t = {t}: a digit is {sizes[0].mean():.3g} away from its clean self in pixels; pseudo-Huber at c = {c:.2g} makes that {pseudo(sizes[0], c).mean():.3g}.")
-        except Exception as e: self.fail(e)
+            put(
+                self.curves,
+                self.canvas.marked(**distance_marks(sizes, t, c)),
+                "pseudo distances and their gradients over the size of the difference; the forward process over t",
+            )
+            self.tell(
+                f"t = {t}: a digit is {sizes[0].mean():.3g} away from its clean self in pixels; pseudo-Huber at c = {c:.2g} makes that {pseudo(sizes[0], c).mean():.3g}."
+            )
+        except Exception as e:
+            self.fail(e)
 
 # %% ../nbs/12_explore.ipynb #12-explore-065
 def captioned(pixels: np.ndarray, texts: list[str]) -> Image.Image:
     "A picture with `texts` above it, evenly spaced."
     from matplotlib import get_data_path
+
     font = ImageFont.truetype(str(Path(get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 13)
     image = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + 20), "white")
     image.paste(Image.fromarray(pixels), (0, 20))
@@ -719,21 +1053,33 @@ def captioned(pixels: np.ndarray, texts: list[str]) -> Image.Image:
         ImageDraw.Draw(image).text(place, text, "black", font, anchor="mm")
     return image
 
-def save_trajectory(trajectory: Trajectory, path, steps=None, images: int = 8, milliseconds: int = 120) -> Path:
+
+def save_trajectory(
+    trajectory: Trajectory, path, steps=None, images: int = 8, milliseconds: int = 120
+) -> Path:
     """Write the first `images` of a trajectory to `path`: `.gif` plays the steps, each for `milliseconds`; `.png` is a strip with a column for each of `steps`.
 
     steps: kept ones; None: all of them in a GIF, 0, 1, 2, 5, 10, … in a strip. Raises `ValueError` for another suffix, or steps that there are not.
     """
     path, there = Path(path), [s for s in trajectory.at if s <= trajectory.done]
-    if path.suffix not in (".gif", ".png"): raise ValueError(f"path={path}: the suffix must be .gif (plays the steps) or .png (a strip)")
-    check_count("images", images); check_images(trajectory.model, None)
-    steps = list(steps) if steps is not None else there if path.suffix == ".gif" else [s for s in there if str(s).rstrip("0") in ("", "1", "2", "5")]
-    x = torch.stack([trajectory.samples(s)[:images] for s in steps])                     # [steps, images, C, H, W]
+    if path.suffix not in (".gif", ".png"):
+        raise ValueError(f"path={path}: the suffix must be .gif (plays the steps) or .png (a strip)")
+    check_count("images", images)
+    check_images(trajectory.model, None)
+    steps = (
+        list(steps)
+        if steps is not None
+        else there
+        if path.suffix == ".gif"
+        else [s for s in there if str(s).rstrip("0") in ("", "1", "2", "5")]
+    )
+    x = torch.stack([trajectory.samples(s)[:images] for s in steps])  # [steps, images, C, H, W]
     scale = max(1, 48 // x.shape[-1])
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
         strip = captioned(grid(x.transpose(0, 1).flatten(0, 1), len(steps), scale), [f"{s:,}" for s in steps])
-        with whole_file(path) as part: strip.save(part)
+        with whole_file(path) as part:
+            strip.save(part)
         return path
     frames = [captioned(grid(x[k], x.shape[1], scale), [f"{s:,} steps"]) for k, s in enumerate(steps)]
     duration = [milliseconds] * (len(frames) - 1) + [10 * milliseconds]
@@ -750,8 +1096,11 @@ def main(argv=None) -> None:
     parser.add_argument("--description", required=True, help="one line on the model")
     parser.add_argument("--command", required=True, help="what trained it")
     args = parser.parse_args(argv)
-    try: print(export_model(args.run, args.path, args.description, args.command))
-    except (OSError, ValueError) as e: parser.error(str(e))
+    try:
+        print(export_model(args.run, args.path, args.description, args.command))
+    except (OSError, ValueError) as e:
+        parser.error(str(e))
 
 # %% ../nbs/12_explore.ipynb #12-explore-072
-if __name__ == "__main__" and globals().get("__spec__"): main()     # as `python -m`, not as a cell of this notebook
+if __name__ == "__main__" and globals().get("__spec__"):
+    main()  # as `python -m`, not as a cell of this notebook

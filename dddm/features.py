@@ -9,19 +9,25 @@ __all__ = ['FEATURES', 'Residual', 'FeatureNet', 'check_name', 'read_weights', '
 import hashlib
 from importlib.resources import files
 from pathlib import Path
+
 import torch
-from torch import nn
 import torch.nn.functional as F
 from safetensors.torch import load as load_bytes
+from torch import nn
 
 # %% ../nbs/04b_features.ipynb #04b-features-006
 class Residual(nn.Module):
     "Two 3x3 convolutions and a shortcut around them: [B, c_in, H, W] -> [B, c_out, H/stride, W/stride], >= 0."
+
     def __init__(self, c_in: int, c_out: int, stride: int = 1):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)
         self.conv2, self.norm2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out)
-        self.shortcut = nn.Identity() if stride == 1 and c_in == c_out else nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(c_in, c_out, 1, bias=False))
+        self.shortcut = (
+            nn.Identity()
+            if stride == 1 and c_in == c_out
+            else nn.Sequential(nn.AvgPool2d(stride), nn.Conv2d(c_in, c_out, 1, bias=False))
+        )
 
     def forward(self, x):
         h = F.relu(self.norm1(self.conv1(x)))
@@ -34,48 +40,96 @@ class FeatureNet(nn.Module):
     widths: channels of the blocks, each block after the first at half the resolution of the one before. stride: that of the stem.
     Fresh weights are He et al.'s normal ones, from torch's global generator. Where no parameter requires a gradient, as `network` returns it, it stays in eval mode.
     """
+
     def __init__(self, shape, widths, classes: int = 10, stride: int = 1):
         super().__init__()
         self.shape = tuple(shape)
         kernel = 3 if stride == 1 else 2 * stride
-        self.stem = nn.Sequential(nn.Conv2d(shape[0], widths[0], kernel, stride, (kernel - stride + 1) // 2, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
-        self.stages = nn.ModuleList(Residual(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(zip((widths[0], *widths), widths)))
+        self.stem = nn.Sequential(
+            nn.Conv2d(shape[0], widths[0], kernel, stride, (kernel - stride + 1) // 2, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
+        )
+        self.stages = nn.ModuleList(
+            Residual(a, b, 1 if i == 0 else 2) for i, (a, b) in enumerate(zip((widths[0], *widths), widths))
+        )
         self.head = nn.Linear(widths[-1], classes)
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
 
     def maps(self, x: torch.Tensor) -> list[torch.Tensor]:
         "Feature maps [B, C_l, H_l, W_l] after the stem and each block, all >= 0; images of any size from 8 pixels a side."
         if x.ndim != 4 or x.shape[1] != self.shape[0] or min(x.shape[2:]) < 8 or not x.is_floating_point():
-            raise ValueError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected floats [B, {self.shape[0]}, H, W], H and W at least 8")
+            raise ValueError(
+                f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected floats [B, {self.shape[0]}, H, W], H and W at least 8"
+            )
         maps = [self.stem(x)]
-        for stage in self.stages: maps.append(stage(maps[-1]))
+        for stage in self.stages:
+            maps.append(stage(maps[-1]))
         return maps
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         "The penultimate layer, [B, D]: the last map's mean over positions. Images must have `shape`, the size that the network was trained at."
-        if tuple(x.shape[1:]) != self.shape: raise ValueError(f"x has shape {tuple(x.shape)}; this network was trained at {self.shape}: resize the images")
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; this network was trained at {self.shape}: resize the images"
+            )
         return self.maps(x)[-1].mean((2, 3))
 
-    def forward(self, x): return self.head(self.features(x))
+    def forward(self, x):
+        return self.head(self.features(x))
 
     def train(self, mode: bool = True):
-        return super().train(mode and any(p.requires_grad for p in self.parameters()))       # an instrument has no training mode
+        return super().train(
+            mode and any(p.requires_grad for p in self.parameters())
+        )  # an instrument has no training mode
 
 # %% ../nbs/04b_features.ipynb #04b-features-012
 FEATURES = {
-    "digits": dict(file="features-digits.safetensors", sha256="cc3e5f567632099401b4f04a56d1f56ddc043dc880bd900abd73fd6b1e5be4c4",
-                   shape=(1, 8, 8), widths=(16, 32, 64), stride=1, dimension=64, classes=10, accuracy=0.9899, class_names=tuple("0123456789"),
-                   data="scikit-learn's digits: 1,500 images, tested on the other 297"),
-    "cifar": dict(file="features-cifar.safetensors", sha256="a3f7bdc70081b59ec84f79a2aab71ba172a5e6668aefe792ccf5d2a9ed00eaf2",
-                  shape=(3, 32, 32), widths=(32, 96, 256), stride=2, dimension=256, classes=10, accuracy=0.8689,
-                  class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-                  data="CIFAR-10 (a JPEG copy, quality 75): 50,000 images, tested on the other 10,000"),
+    "digits": dict(
+        file="features-digits.safetensors",
+        sha256="cc3e5f567632099401b4f04a56d1f56ddc043dc880bd900abd73fd6b1e5be4c4",
+        shape=(1, 8, 8),
+        widths=(16, 32, 64),
+        stride=1,
+        dimension=64,
+        classes=10,
+        accuracy=0.9899,
+        class_names=tuple("0123456789"),
+        data="scikit-learn's digits: 1,500 images, tested on the other 297",
+    ),
+    "cifar": dict(
+        file="features-cifar.safetensors",
+        sha256="a3f7bdc70081b59ec84f79a2aab71ba172a5e6668aefe792ccf5d2a9ed00eaf2",
+        shape=(3, 32, 32),
+        widths=(32, 96, 256),
+        stride=2,
+        dimension=256,
+        classes=10,
+        accuracy=0.8689,
+        class_names=(
+            "airplane",
+            "automobile",
+            "bird",
+            "cat",
+            "deer",
+            "dog",
+            "frog",
+            "horse",
+            "ship",
+            "truck",
+        ),
+        data="CIFAR-10 (a JPEG copy, quality 75): 50,000 images, tested on the other 10,000",
+    ),
 }
+
 
 def check_name(name) -> None:
     "`ValueError` unless `name` is a key of `FEATURES`."
-    if name not in FEATURES: raise ValueError(f"name={name!r} is no feature network; expected one of {', '.join(FEATURES)}")
+    if name not in FEATURES:
+        raise ValueError(f"name={name!r} is no feature network; expected one of {', '.join(FEATURES)}")
+
 
 def read_weights(name: str, folder=None) -> dict:
     """The state dict of feature network `name`, float32, from `folder` (the package's own by default).
@@ -85,10 +139,13 @@ def read_weights(name: str, folder=None) -> dict:
     check_name(name)
     path = Path(folder if folder is not None else files("dddm") / "weights") / FEATURES[name]["file"]
     cure = "it is part of the package: install dddm again, or make it with nbs/classifiers.ipynb"
-    if not path.is_file(): raise FileNotFoundError(f"{path} is missing; {cure}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; {cure}")
     data = path.read_bytes()
     if (found := hashlib.sha256(data).hexdigest()) != FEATURES[name]["sha256"]:
-        raise ValueError(f"{path} is not the file that this version of dddm was made with (SHA-256 {found[:12]}…, expected {FEATURES[name]['sha256'][:12]}…); {cure}")
+        raise ValueError(
+            f"{path} is not the file that this version of dddm was made with (SHA-256 {found[:12]}…, expected {FEATURES[name]['sha256'][:12]}…); {cure}"
+        )
     return {k: v.float() if v.is_floating_point() else v for k, v in load_bytes(data).items()}
 
 # %% ../nbs/04b_features.ipynb #04b-features-016
@@ -98,22 +155,27 @@ def network(name: str, random: int | None = None) -> FeatureNet:
     random: None for the trained weights; a seed >= 0 for random ones in a network of the same shape (batch normalisation is then the identity, the class scores mean nothing).
     """
     check_name(name)
-    if random is not None and (isinstance(random, bool) or not isinstance(random, int) or random < 0): raise ValueError(f"random={random!r}: expected None or an integer >= 0, a seed")
+    if random is not None and (isinstance(random, bool) or not isinstance(random, int) or random < 0):
+        raise ValueError(f"random={random!r}: expected None or an integer >= 0, a seed")
     spec, state = FEATURES[name], read_weights(name) if random is None else None
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0 if random is None else random)
         net = FeatureNet(spec["shape"], spec["widths"], spec["classes"], spec["stride"])
-    if state is not None: net.load_state_dict(state)
+    if state is not None:
+        net.load_state_dict(state)
     return net.requires_grad_(False).eval()
 
 # %% ../nbs/04b_features.ipynb #04b-features-027
 class Trunk(nn.Module):
     "A feature network's maps as a module: x [B, C, H, W] -> list of maps [B, C_l, H_l, W_l]."
+
     def __init__(self, net: FeatureNet):
         super().__init__()
         self.net = net
 
-    def forward(self, x): return self.net.maps(x)
+    def forward(self, x):
+        return self.net.maps(x)
+
 
 def trunk(name: str) -> Trunk:
     "The maps of feature network `name` as a module, for `losses.distance('pseudo_lpips', features=trunk(name))`."

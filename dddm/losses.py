@@ -15,18 +15,21 @@ import math
 import numbers
 import warnings
 from pathlib import Path
+
 import torch
-from torch import nn
 import torch.nn.functional as F
+from torch import nn
 
 # %% ../nbs/04_losses.ipynb #04-losses-008
 def l1(e: torch.Tensor) -> torch.Tensor:
     r"$\|e\|_1$ of differences e [B, D]; [B]."
     return e.abs().sum(1)
 
+
 def l2(e: torch.Tensor) -> torch.Tensor:
     r"$\|e\|_2$ of differences e [B, D]; [B]. Its gradient at e = 0 is 0."
     return torch.linalg.vector_norm(e, dim=1)
+
 
 def squared_l2(e: torch.Tensor) -> torch.Tensor:
     r"$\|e\|_2^2$ of differences e [B, D]; [B]."
@@ -39,8 +42,10 @@ def pseudo(r: torch.Tensor, c: float) -> torch.Tensor:
     Computed as $r^2 / (\sqrt{r^2 + c^2} + c)$, which keeps its digits where r is much smaller than c. Its gradient lies in [0, 1]
     for every c, so it is never NaN; a c whose square is below float32's range counts as 0.
     """
-    if c * c < torch.finfo(torch.float32).tiny: return r
+    if c * c < torch.finfo(torch.float32).tiny:
+        return r
     return r * (r / ((r * r + c * c).sqrt() + c))
+
 
 def pseudo_huber_c(shape) -> float:
     r"$c = 0.00054\sqrt{D}$ for images of `shape` (C, H, W), $D = CHW$: the constant of Song & Dhariwal (2023) for `pseudo_huber`."
@@ -49,13 +54,18 @@ def pseudo_huber_c(shape) -> float:
 # %% ../nbs/04_losses.ipynb #04-losses-021
 def check_pair(x: torch.Tensor, y: torch.Tensor) -> None:
     "`ValueError` unless x and y are floating tensors [B, …] of equal shape. Values are not looked at: see `distance`."
-    if x.shape != y.shape: raise ValueError(f"y has shape {tuple(y.shape)}; expected that of x, {tuple(x.shape)}")
-    if x.ndim < 2: raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, …], a batch of samples")
+    if x.shape != y.shape:
+        raise ValueError(f"y has shape {tuple(y.shape)}; expected that of x, {tuple(x.shape)}")
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, …], a batch of samples")
     for name, v in (("x", x), ("y", y)):
-        if not v.is_floating_point(): raise ValueError(f"{name} has dtype {v.dtype}; expected floating-point images in [-1, 1]")
+        if not v.is_floating_point():
+            raise ValueError(f"{name} has dtype {v.dtype}; expected floating-point images in [-1, 1]")
+
 
 class PixelDistance(nn.Module):
     "d(x, y) [B] in float32, computed by `reduce` from the flattened differences [B, D]; x, y [B, …], gradient to x only."
+
     def __init__(self, reduce):
         super().__init__()
         self.reduce = reduce
@@ -64,12 +74,14 @@ class PixelDistance(nn.Module):
         check_pair(x, y)
         return self.reduce((x.float() - y.detach().float()).flatten(1))
 
+
 def pseudo_huber(c: float = 0.0, elementwise: bool = False) -> PixelDistance:
     r"""$\sqrt{\|x-y\|_2^2 + c^2} - c$ (Song & Dhariwal 2023), the l2 norm at c = 0.
 
     `elementwise`: the published code's $\frac1D\sum_i(\sqrt{(x_i-y_i)^2 + c^2} - c)$ instead, the mean absolute error at c = 0.
     """
-    if elementwise: return PixelDistance(lambda e: pseudo(e.abs(), c).mean(1))
+    if elementwise:
+        return PixelDistance(lambda e: pseudo(e.abs(), c).mean(1))
     return PixelDistance(lambda e: pseudo(l2(e), c))
 
 # %% ../nbs/04_losses.ipynb #04-losses-025
@@ -79,6 +91,7 @@ TRUNKS = {  # net: torchvision's file, and the smallest image side that its laye
     "squeeze": ("squeezenet1_1-b8a52dc0.pth", 17),
 }
 
+
 def published_file(url: str, weights=None, wanted_by: str = "this", otherwise: str = "") -> Path:
     """The file of weights that is published at `url`: `weights` if given, else in torch's hub folder ($TORCH_HOME/hub/checkpoints), downloaded there if
     need be. Its name ends in the first digits of its SHA-256, as torch's hub has it.
@@ -87,26 +100,44 @@ def published_file(url: str, weights=None, wanted_by: str = "this", otherwise: s
     `ValueError` when a file of the published name has not the SHA-256 that the name promises.
     """
     name = url.rsplit("/", 1)[-1]
-    path = Path(weights).expanduser() if weights is not None else Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = (
+        Path(weights).expanduser()
+        if weights is not None
+        else Path(torch.hub.get_dir()) / "checkpoints" / name
+    )
     if not path.is_file():
-        if weights is not None: raise FileNotFoundError(f"weights={str(weights)!r} is not a file; it should be a copy of {url}")
+        if weights is not None:
+            raise FileNotFoundError(f"weights={str(weights)!r} is not a file; it should be a copy of {url}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path))
         except OSError as err:
-            raise FileNotFoundError(f"{wanted_by} needs {name}: not in {path.parent}, and {url} cannot be fetched ({err}). Put the file there, "
-                                    f"or pass its path as the option weights, or take {otherwise}") from err
+            raise FileNotFoundError(
+                f"{wanted_by} needs {name}: not in {path.parent}, and {url} cannot be fetched ({err}). Put the file there, "
+                f"or pass its path as the option weights, or take {otherwise}"
+            ) from err
     with open(path, "rb") as f:
-        if path.name == name and not hashlib.file_digest(f, "sha256").hexdigest().startswith(path.stem.split("-")[-1]):
-            raise ValueError(f"{path} is damaged: its SHA-256 does not start as its name says. Delete it and fetch {url} again")
+        if path.name == name and not hashlib.file_digest(f, "sha256").hexdigest().startswith(
+            path.stem.split("-")[-1]
+        ):
+            raise ValueError(
+                f"{path} is damaged: its SHA-256 does not start as its name says. Delete it and fetch {url} again"
+            )
     return path
+
 
 def trunk_file(net: str, weights=None) -> Path:
     "`published_file` with torchvision's weights for `net`, a key of `TRUNKS`."
-    return published_file(f"https://download.pytorch.org/models/{TRUNKS[net][0]}", weights, f"net={net!r}", "a distance that needs none, such as pseudo_huber")
+    return published_file(
+        f"https://download.pytorch.org/models/{TRUNKS[net][0]}",
+        weights,
+        f"net={net!r}",
+        "a distance that needs none, such as pseudo_huber",
+    )
 
 # %% ../nbs/04_losses.ipynb #04-losses-027
 RANDOM = "random-for-tests"
+
 
 def lpips_parts(net: str, weights=None) -> tuple[nn.Module, nn.ModuleList]:
     """The trunk (images [B, 3, H, W] in [-1, 1] -> tuple of feature maps) and the linear heads, 1x1 convolutions without the dropout, of the
@@ -115,21 +146,37 @@ def lpips_parts(net: str, weights=None) -> tuple[nn.Module, nn.ModuleList]:
     weights: see `trunk_file`; "random-for-tests" is a seeded random trunk whose numbers mean nothing.
     """
     path = None if weights == RANDOM else trunk_file(net, weights)
-    import lpips                                                   # here, because it takes seconds and pixel distances do without
+    import lpips  # here, because it takes seconds and pixel distances do without
+
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")                            # lpips calls torchvision with arguments that it deprecates
+        warnings.simplefilter("ignore")  # lpips calls torchvision with arguments that it deprecates
         torch.default_generator.manual_seed(0)
         whole = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    if path is not None: load_trunk(whole.net, path)
+    if path is not None:
+        load_trunk(whole.net, path)
     return nn.Sequential(whole.scaling_layer, whole.net), nn.ModuleList(lin.model[-1] for lin in whole.lins)
+
 
 def load_trunk(trunk: nn.Module, path: Path) -> None:
     "Load torchvision's state dict at `path` into a trunk of the lpips package; `ValueError` naming what does not fit."
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as err: raise ValueError(f"{path} cannot be read as PyTorch weights ({type(err).__name__}); is it cut short?") from err
-    wanted = {k: "features." + k.split(".", 1)[1] for k in trunk.state_dict()}          # slice2.5.weight is features.5.weight
-    wrong = [v for k, v in wanted.items() if not isinstance(state, dict) or v not in state or state[v].shape != trunk.state_dict()[k].shape]
-    if wrong: raise ValueError(f"{path} does not fit {type(trunk).__name__}: {wrong[0]} is missing or has another shape ({len(wrong)} of {len(wanted)} entries)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:
+        raise ValueError(
+            f"{path} cannot be read as PyTorch weights ({type(err).__name__}); is it cut short?"
+        ) from err
+    wanted = {
+        k: "features." + k.split(".", 1)[1] for k in trunk.state_dict()
+    }  # slice2.5.weight is features.5.weight
+    wrong = [
+        v
+        for k, v in wanted.items()
+        if not isinstance(state, dict) or v not in state or state[v].shape != trunk.state_dict()[k].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} does not fit {type(trunk).__name__}: {wrong[0]} is missing or has another shape ({len(wrong)} of {len(wanted)} entries)"
+        )
     trunk.load_state_dict({k: state[v] for k, v in wanted.items()})
 
 # %% ../nbs/04_losses.ipynb #04-losses-029
@@ -139,7 +186,8 @@ def freeze(module: nn.Module) -> nn.Module:
         for name, p in list(m.named_parameters(recurse=False)):
             delattr(m, name)
             m.register_buffer(name, p.detach(), persistent=False)
-        for name, b in list(m.named_buffers(recurse=False)): m.register_buffer(name, b, persistent=False)
+        for name, b in list(m.named_buffers(recurse=False)):
+            m.register_buffer(name, b, persistent=False)
     return module.eval()
 
 # %% ../nbs/04_losses.ipynb #04-losses-031
@@ -155,47 +203,78 @@ class PerceptualDistance(nn.Module):
     weights: file of the trunk's weights, see `trunk_file`. features: a module in the trunk's place, images -> list of [B, C, H, W]
     maps, all layers weighing the same. Frozen, always in eval mode, no parameters, no state. Raises `ValueError` on images that do not fit.
     """
-    def __init__(self, net: str = "vgg", resize: int | None = None, weights=None, features: nn.Module | None = None, finish=None):
+
+    def __init__(
+        self,
+        net: str = "vgg",
+        resize: int | None = None,
+        weights=None,
+        features: nn.Module | None = None,
+        finish=None,
+    ):
         super().__init__()
-        if net not in TRUNKS: raise ValueError(f"net={net!r} is unknown; expected one of {', '.join(TRUNKS)}")
-        if features is not None and not isinstance(features, nn.Module): raise ValueError(f"features must be a torch.nn.Module, not {type(features).__name__}")
-        if features is not None and weights is not None: raise ValueError("features replaces the trunk, so weights has nothing to load; give one of the two")
+        if net not in TRUNKS:
+            raise ValueError(f"net={net!r} is unknown; expected one of {', '.join(TRUNKS)}")
+        if features is not None and not isinstance(features, nn.Module):
+            raise ValueError(f"features must be a torch.nn.Module, not {type(features).__name__}")
+        if features is not None and weights is not None:
+            raise ValueError(
+                "features replaces the trunk, so weights has nothing to load; give one of the two"
+            )
         self.net, self.least = (net, TRUNKS[net][1]) if features is None else ("features", 1)
-        if resize is not None and (isinstance(resize, bool) or not isinstance(resize, int) or resize < self.least):
+        if resize is not None and (
+            isinstance(resize, bool) or not isinstance(resize, int) or resize < self.least
+        ):
             raise ValueError(f"resize={resize!r}: expected None or a whole number of pixels >= {self.least}")
         self.resize, self.finish = resize, finish
-        self.trunk, self.heads = lpips_parts(net, weights) if features is None else (copy.deepcopy(features), nn.ModuleList())
+        self.trunk, self.heads = (
+            lpips_parts(net, weights) if features is None else (copy.deepcopy(features), nn.ModuleList())
+        )
         freeze(self)
 
-    def train(self, mode: bool = True): return super().train(False)          # an instrument has no training mode
+    def train(self, mode: bool = True):
+        return super().train(False)  # an instrument has no training mode
 
-    def extra_repr(self): return f"net={self.net!r}, resize={self.resize}"
+    def extra_repr(self):
+        return f"net={self.net!r}, resize={self.resize}"
 
     def maps(self, x):
         "Unit-length feature maps of images x: a list of [B, C_l, H_l, W_l]."
-        if self.resize is not None: x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
+        if self.resize is not None:
+            x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
         maps = self.trunk(x.expand(-1, 3, -1, -1) if x.shape[1] == 1 and self.heads else x)
-        if not (isinstance(maps, (list, tuple)) and maps and all(torch.is_tensor(m) and m.ndim == 4 for m in maps)):
+        if not (
+            isinstance(maps, (list, tuple)) and maps and all(torch.is_tensor(m) and m.ndim == 4 for m in maps)
+        ):
             raise ValueError("features must return a non-empty list or tuple of maps shaped [B, C, H, W]")
         return [unit_channels(m) for m in maps]
 
     def forward(self, x, y):
         check_pair(x, y)
-        if x.ndim != 4 or (self.heads and x.shape[1] not in (1, 3)): raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, C, H, W] with 1 or 3 channels")
+        if x.ndim != 4 or (self.heads and x.shape[1] not in (1, 3)):
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, C, H, W] with 1 or 3 channels")
         if self.resize is None and min(x.shape[2:]) < self.least:
-            raise ValueError(f"images of {x.shape[2]}x{x.shape[3]} are too small for net={self.net!r}, which needs {self.least} pixels a side; pass resize=224 (or any size from {self.least})")
+            raise ValueError(
+                f"images of {x.shape[2]}x{x.shape[3]} are too small for net={self.net!r}, which needs {self.least} pixels a side; pass resize=224 (or any size from {self.least})"
+            )
         with torch.autocast(x.device.type, enabled=False):
-            with torch.no_grad(): target = self.maps(y.float())
+            with torch.no_grad():
+                target = self.maps(y.float())
             diffs = [(a - b).square() for a, b in zip(self.maps(x.float()), target)]
-            layers = [head(d) for head, d in zip(self.heads, diffs)] if self.heads else [d.sum(1, keepdim=True) for d in diffs]
+            layers = (
+                [head(d) for head, d in zip(self.heads, diffs)]
+                if self.heads
+                else [d.sum(1, keepdim=True) for d in diffs]
+            )
             score = sum(l.mean(dim=(1, 2, 3)) for l in layers)
             return score if self.finish is None else self.finish(score)
 
 # %% ../nbs/04_losses.ipynb #04-losses-041
 def root(s: torch.Tensor) -> torch.Tensor:
     "Square root of s >= 0 with gradient 0 where s = 0."
-    zero = s == 0                                                  # not s > 0, which would turn a NaN into 0
+    zero = s == 0  # not s > 0, which would turn a NaN into 0
     return torch.where(zero, 1.0, s).sqrt().masked_fill(zero, 0.0)
+
 
 def pseudo_lpips(c: float = 0.0, square: bool = True, **options) -> PerceptualDistance:
     r"""$\sqrt{\text{LPIPS}^2 + c^2} - c$, equation (7), which is LPIPS at c = 0. options: those of `PerceptualDistance`.
@@ -216,10 +295,15 @@ DISTANCES = {  # name: (what builds it, its options)
     "pseudo_lpips": (pseudo_lpips, ("square", *PERCEPTUAL)),
 }
 
+
 def refuse_unknown(kind, value, known):
-    if value in known: return
+    if value in known:
+        return
     near = difflib.get_close_matches(str(value), known, n=1)
-    raise ValueError(f"{kind} {value!r} is unknown{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known) or 'none'}")
+    raise ValueError(
+        f"{kind} {value!r} is unknown{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known) or 'none'}"
+    )
+
 
 def distance(name: str, c: float = 0.0, **options) -> nn.Module:
     r"""The distance `name` of (5): a module d with d(x, y) -> float32 [B]; x the estimate, y the target, floating [B, C, H, W] in [-1, 1].
@@ -232,8 +316,14 @@ def distance(name: str, c: float = 0.0, **options) -> nn.Module:
     """
     refuse_unknown("distance", name, list(DISTANCES))
     build, known = DISTANCES[name]
-    for option in options: refuse_unknown(f"option of {name}", option, known)
-    if isinstance(c, bool) or not isinstance(c, numbers.Real) or not (math.isfinite(c) and c >= 0): raise ValueError(f"c={c!r}: expected a finite number >= 0")
-    if name.startswith("pseudo_"): return build(c=float(c), **options)
-    if c != 0: raise ValueError(f"c={c} is given, but {name} has no c; leave it out, or take pseudo_huber or pseudo_lpips")
+    for option in options:
+        refuse_unknown(f"option of {name}", option, known)
+    if isinstance(c, bool) or not isinstance(c, numbers.Real) or not (math.isfinite(c) and c >= 0):
+        raise ValueError(f"c={c!r}: expected a finite number >= 0")
+    if name.startswith("pseudo_"):
+        return build(c=float(c), **options)
+    if c != 0:
+        raise ValueError(
+            f"c={c} is given, but {name} has no c; leave it out, or take pseudo_huber or pseudo_lpips"
+        )
     return build(**options)

@@ -15,19 +15,25 @@ __all__ = ['ROWS', 'VGG_URL', 'INCEPTION', 'INCEPTION_URL', 'PUBLISHED', 'LIBRAR
            'measure', 'evaluate', 'PaperRow', 'paper_rows', 'beside_paper']
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-003
-import hashlib, json, math, tempfile, warnings
-from collections.abc import Iterator
+import hashlib
+import json
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
+
 from . import __version__
 from .data import Images, cache_folder, load
 from .features import FEATURES, network
@@ -38,20 +44,23 @@ from .store import encode, whole_file
 # %% ../nbs/10_metrics.ipynb #10-metrics-008
 ROWS = 8192
 
+
 def statistics(features: torch.Tensor) -> dict:
     "Mean `mu` [D] (float32) and covariance `sigma` [D, D] (float64, divided by n - 1) of features [n, D]; torch-fidelity's numbers, in blocks of rows."
     f = features.cpu().numpy()
     blocks = range(0, len(f), ROWS)
-    mean, sigma = sum(f[a:a + ROWS].T.astype(np.float64).sum(1) for a in blocks) / len(f), 0
+    mean, sigma = sum(f[a : a + ROWS].T.astype(np.float64).sum(1) for a in blocks) / len(f), 0
     for a in blocks:
-        x = f[a:a + ROWS].astype(np.float64).T
+        x = f[a : a + ROWS].astype(np.float64).T
         x -= mean[:, None]
         sigma = sigma + x @ x.T
     return {"mu": f.mean(0), "sigma": sigma * (1 / (len(f) - 1))}
 
+
 def frechet(a: dict, b: dict) -> float:
     r"$\|\mu_a-\mu_b\|^2 + \mathrm{tr}\,\Sigma_a + \mathrm{tr}\,\Sigma_b - 2\,\mathrm{tr}(\Sigma_a\Sigma_b)^{1/2}$ of two `statistics`, by torch-fidelity."
     from torch_fidelity.metric_fid import fid_statistics_to_metric
+
     return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-012
@@ -59,7 +68,10 @@ def bias_constant(sigma: np.ndarray) -> float:
     r"$\frac54\mathrm{tr}\,\Sigma + \frac12\sum_{ij}\frac{\lambda_i\lambda_j}{\lambda_i+\lambda_j}$ of a covariance [D, D]."
     l = np.linalg.eigvalsh(sigma).clip(0)
     sums = l[:, None] + l
-    return float(1.25 * l.sum() + 0.5 * np.divide(np.outer(l, l), sums, out=np.zeros_like(sums), where=sums > 0).sum())
+    return float(
+        1.25 * l.sum() + 0.5 * np.divide(np.outer(l, l), sums, out=np.zeros_like(sums), where=sums > 0).sum()
+    )
+
 
 def frechet_bias(constant: float, n: int, n_reference: int | None = None) -> float:
     r"""What n draws of a Gaussian are expected to score against n_reference other draws of it (None: against the Gaussian itself), to first order in 1/n and 1/N: their
@@ -72,27 +84,48 @@ def to_bytes(x: torch.Tensor, name: str = "images") -> torch.Tensor:
 
     Raises `ValueError` on another shape or type, on NaN, and on floats outside [-1, 1] by more than 0.001.
     """
-    if not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] not in (1, 3): raise ValueError(f"{name}: a batch is {f'shaped {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__}; expected a tensor [B, C, H, W] with 1 or 3 channels")
-    if x.dtype == torch.uint8: return x
-    if not x.is_floating_point(): raise ValueError(f"{name}: a batch has dtype {x.dtype}; expected floats in [-1, 1], or uint8 in 0..255")
+    if not torch.is_tensor(x) or x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(
+            f"{name}: a batch is {f'shaped {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__}; expected a tensor [B, C, H, W] with 1 or 3 channels"
+        )
+    if x.dtype == torch.uint8:
+        return x
+    if not x.is_floating_point():
+        raise ValueError(
+            f"{name}: a batch has dtype {x.dtype}; expected floats in [-1, 1], or uint8 in 0..255"
+        )
     if len(x):
         low, high = (v.item() for v in x.aminmax())
-        if not math.isfinite(low + high): raise ValueError(f"{name}: non-finite values, first in image {(~x.isfinite()).flatten(1).any(1).nonzero()[0].item()} of a batch of {len(x)}")
-        if low < -1.001 or high > 1.001: raise ValueError(f"{name}: values reach from {low:g} to {high:g}; floats must be in [-1, 1] (divide 0..255 by 127.5 and subtract 1), or give uint8")
+        if not math.isfinite(low + high):
+            raise ValueError(
+                f"{name}: non-finite values, first in image {(~x.isfinite()).flatten(1).any(1).nonzero()[0].item()} of a batch of {len(x)}"
+            )
+        if low < -1.001 or high > 1.001:
+            raise ValueError(
+                f"{name}: values reach from {low:g} to {high:g}; floats must be in [-1, 1] (divide 0..255 by 127.5 and subtract 1), or give uint8"
+            )
     return encode(x, torch.uint8)
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-020
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"                    # the name ends in the first digits of its SHA-256
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the name ends in the first digits of its SHA-256
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
+
 
 def sha256(path) -> str:
     "SHA-256 of a file."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 
 def inception_file(weights=None) -> Path:
     "`published_file` with torch-fidelity's copy of FID's Inception weights."
-    return published_file(INCEPTION_URL, weights, "extractor='inception'", "an extractor that ships with dddm: 'digits' or 'cifar'")
+    return published_file(
+        INCEPTION_URL,
+        weights,
+        "extractor='inception'",
+        "an extractor that ships with dddm: 'digits' or 'cifar'",
+    )
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-022
 @cache
@@ -107,6 +140,7 @@ def net_extractor() -> type:
 
     class NetExtractor(FeatureExtractorBase):
         "uint8 [B, C, H, W] -> (features [B, D], logits [B, K]), whichever `features_list` names."
+
         def __init__(self, name, features_list=("features",), net=None, **kwargs):
             super().__init__(name, list(features_list))
             self.net = network(name.removeprefix("dddm-")) if net is None else net
@@ -117,11 +151,16 @@ def net_extractor() -> type:
             return tuple(found[name]().float() for name in self.features_list)
 
         @staticmethod
-        def get_provided_features_list(): return "features", "logits"
+        def get_provided_features_list():
+            return "features", "logits"
+
         @staticmethod
-        def get_default_feature_layer_for_metric(metric): return "logits" if metric == "isc" else "features"
+        def get_default_feature_layer_for_metric(metric):
+            return "logits" if metric == "isc" else "features"
+
         @staticmethod
-        def can_be_compiled(): return False
+        def can_be_compiled():
+            return False
 
     for name in FEATURES:
         if f"dddm-{name}" not in FEATURE_EXTRACTORS_REGISTRY:
@@ -136,6 +175,7 @@ class Extractor:
     name, weights (SHA-256), resize (what it does to size and channels): part of every result. distance: what the Fréchet distance of its features is called.
     shape: the only (C, H, W) it takes, or None. named: known by its name and weights alone, so that its features may be kept on disk.
     """
+
     name: str
     weights: str
     resize: str
@@ -146,29 +186,43 @@ class Extractor:
     named: bool = True
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if x.shape[1] == 1 and "RGB" in self.resize: x = x.expand(-1, 3, -1, -1)
-        with torch.inference_mode(): out = self.module(x.to(self.device))
+        if x.shape[1] == 1 and "RGB" in self.resize:
+            x = x.expand(-1, 3, -1, -1)
+        with torch.inference_mode():
+            out = self.module(x.to(self.device))
         for v in out:
-            if v.ndim != 2 or len(v) != len(x): raise ValueError(f"extractor {self.name} gives {tuple(v.shape)} for {len(x)} images; expected [{len(x)}, D], one row an image")
-            if not v.isfinite().all(): raise ValueError(f"extractor {self.name} gives non-finite features")
+            if v.ndim != 2 or len(v) != len(x):
+                raise ValueError(
+                    f"extractor {self.name} gives {tuple(v.shape)} for {len(x)} images; expected [{len(x)}, D], one row an image"
+                )
+            if not v.isfinite().all():
+                raise ValueError(f"extractor {self.name} gives non-finite features")
         return (*(v.cpu() for v in out), None)[:2]
+
 
 def module_hash(module: nn.Module) -> str:
     "SHA-256 over the names, types, shapes and values of everything in a module's state."
     h = hashlib.sha256()
     for name, v in sorted(module.state_dict().items()):
-        h.update(f"{name} {v.dtype} {tuple(v.shape)} ".encode()); h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        h.update(f"{name} {v.dtype} {tuple(v.shape)} ".encode())
+        h.update(v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
+
 
 def device_or_default(device=None) -> torch.device:
     "`device`, or where it is None CUDA if there is one, else the CPU."
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-025
-PUBLISHED = {     # name: torch-fidelity's name, the layers wanted (features, then class scores), what it does to images
-    "inception": ("inception-v3-compat", ["2048", "logits_unbiased"], "299x299 bilinear as in TensorFlow 1, grey as RGB"),
+PUBLISHED = {  # name: torch-fidelity's name, the layers wanted (features, then class scores), what it does to images
+    "inception": (
+        "inception-v3-compat",
+        ["2048", "logits_unbiased"],
+        "299x299 bilinear as in TensorFlow 1, grey as RGB",
+    ),
     "vgg16": ("vgg16", ["fc2_relu"], "224x224 bilinear as in TensorFlow 1, grey as RGB"),
 }
+
 
 def published_extractor(which: str, weights, device) -> Extractor:
     "`load_extractor` of a network of `PUBLISHED`."
@@ -177,16 +231,19 @@ def published_extractor(which: str, weights, device) -> Extractor:
     else:
         otherwise = "an extractor that ships with dddm: 'digits' or 'cifar'"
         path, url = published_file(VGG_URL, weights, "extractor='vgg16'", otherwise), VGG_URL
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         why = f"({type(e).__name__}); is it cut short?"
         raise ValueError(f"{path} cannot be read as PyTorch weights {why}") from e
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}; expected the weights of {which}")
     from torch_fidelity.utils import create_feature_extractor
+
     registered, layers, resize = PUBLISHED[which]
     options = dict(cuda=False, verbose=False, feature_extractor_weights_path=str(path))
-    try: net = create_feature_extractor(registered, layers, **options)
+    try:
+        net = create_feature_extractor(registered, layers, **options)
     except RuntimeError as e:
         raise ValueError(f"{path} does not fit {which}: {str(e).splitlines()[-1].strip()}") from e
     mark = sha256(path)
@@ -194,9 +251,12 @@ def published_extractor(which: str, weights, device) -> Extractor:
     distance = "FID" if which == "inception" else f"FD-{which}"
     if not mark.startswith(published):
         distance, so = f"FD-{which}", "compares with none that was made with the published one"
-        if which == "inception": so = "is no FID"
-        warnings.warn(f"{path} is not the published file (SHA-256 {mark[:8]}…, not {published}…): "
-                      f"its distance is called {distance}, and {so}")
+        if which == "inception":
+            so = "is no FID"
+        warnings.warn(
+            f"{path} is not the published file (SHA-256 {mark[:8]}…, not {published}…): "
+            f"its distance is called {distance}, and {so}"
+        )
     return Extractor(which, mark, resize, distance, net.to(device), device)
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-025b
@@ -210,11 +270,14 @@ def load_extractor(which="digits", weights=None, device=None, name: str | None =
     Raises `FileNotFoundError`, `ValueError`, before any image is read.
     """
     if isinstance(which, Extractor):
-        if weights is None and name is None: return which
+        if weights is None and name is None:
+            return which
         raise ValueError("weights= and name= go into making an Extractor; this one is made already")
     device = device_or_default(device)
-    if which in PUBLISHED: return published_extractor(which, weights, device)
-    if weights is not None: raise ValueError(f"weights= goes with {' and '.join(PUBLISHED)}; leave it out")
+    if which in PUBLISHED:
+        return published_extractor(which, weights, device)
+    if weights is not None:
+        raise ValueError(f"weights= goes with {' and '.join(PUBLISHED)}; leave it out")
     layers = ["features", "logits"]
     if isinstance(which, nn.Module):
         name = name or type(which).__name__
@@ -231,62 +294,98 @@ def load_extractor(which="digits", weights=None, device=None, name: str | None =
 # %% ../nbs/10_metrics.ipynb #10-metrics-029
 class Pictures(NamedTuple):
     "Images to read in batches: how many (None: until they end), the shape of one if known, `batches(size)` giving uint8 [b, C, H, W], and whether they are data that stay."
+
     n: int | None
     shape: tuple | None
     batches: Callable
     lasting: bool = False
 
+
 def evenly(n: int | None, total: int, name: str) -> torch.Tensor:
     "Indices of `n` of `total` images at even spacing (None: all)."
-    if n is None: return torch.arange(total)
-    if not 1 <= n <= total: raise ValueError(f"n={n}: {name} has {total} images; take 1..{total}, or None for all")
+    if n is None:
+        return torch.arange(total)
+    if not 1 <= n <= total:
+        raise ValueError(f"n={n}: {name} has {total} images; take 1..{total}, or None for all")
     return torch.arange(n) * total // n
+
 
 def drawn(draw: Callable, n: int, name: str):
     "Batches of the function (start, count) -> images, `n` in all."
+
     def batches(size):
         for a in range(0, n, size):
             x = draw(a, count := min(size, n - a))
-            if len(x) != count: raise ValueError(f"{name}({a}, {count}) gave {len(x)} images")
+            if len(x) != count:
+                raise ValueError(f"{name}({a}, {count}) gave {len(x)} images")
             yield to_bytes(x, name)
+
     return batches
+
 
 def passing(images: Iterator, n: int | None, name: str):
     "Batches of an iterator of batches, up to `n` images; `ValueError` where it ends before."
+
     def batches(size):
         left = n
         for x in images:
             yield from to_bytes(x if left is None else x[:left], name).split(size)
             left = left if left is None else left - min(left, len(x))
-            if left == 0: return
-        if left: raise ValueError(f"{name} ended {left} images short of n={n}")
+            if left == 0:
+                return
+        if left:
+            raise ValueError(f"{name} ended {left} images short of n={n}")
+
     return batches
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-030
 def pictures(images, n: int | None = None, name: str = "generated", cache=None) -> Pictures:
     """Any source of images as `Pictures`; nothing is drawn yet. images: a tensor [n, C, H, W] (floats in [-1, 1], or uint8), `data.Images`, the path of a folder or zip, an
     iterator of batches, or a function (start, count) -> batch, which needs `n`. `ValueError`, `FileNotFoundError` for what cannot be read."""
-    if n is not None: check_count("n", n)
+    if n is not None:
+        check_count("n", n)
     if isinstance(images, (str, Path)):
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as apart: images = load(images, cache=apart if cache is False else cache, labels=False)     # its pages stay mapped
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as apart:
+            images = load(
+                images, cache=apart if cache is False else cache, labels=False
+            )  # its pages stay mapped
     if isinstance(images, (Images, torch.Tensor)):
-        if torch.is_tensor(images) and images.ndim != 4: raise ValueError(f"{name} has shape {tuple(images.shape)}; expected [n, C, H, W]")
-        if not len(images): raise ValueError(f"{name} has no images")
+        if torch.is_tensor(images) and images.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(images.shape)}; expected [n, C, H, W]")
+        if not len(images):
+            raise ValueError(f"{name} has no images")
         rows = evenly(n, len(images), name)
-        read = (lambda i: images.get(i)[0]) if isinstance(images, Images) else (lambda i: images[i.to(images.device)])
-        return Pictures(len(rows), tuple(images.shape[-3:]), lambda size: (to_bytes(read(i), name) for i in rows.split(size)), isinstance(images, Images))
-    if isinstance(images, nn.Module): raise ValueError(f"{name} is a network, not images; give a function such as lambda start, count: sample(model, count, steps, seed, start=start)")
+        read = (
+            (lambda i: images.get(i)[0])
+            if isinstance(images, Images)
+            else (lambda i: images[i.to(images.device)])
+        )
+        return Pictures(
+            len(rows),
+            tuple(images.shape[-3:]),
+            lambda size: (to_bytes(read(i), name) for i in rows.split(size)),
+            isinstance(images, Images),
+        )
+    if isinstance(images, nn.Module):
+        raise ValueError(
+            f"{name} is a network, not images; give a function such as lambda start, count: sample(model, count, steps, seed, start=start)"
+        )
     if callable(images):
-        if n is None: raise ValueError(f"{name} is a function, so n must say how many images it shall draw")
+        if n is None:
+            raise ValueError(f"{name} is a function, so n must say how many images it shall draw")
         return Pictures(n, None, drawn(images, n, name))
-    if isinstance(images, Iterator): return Pictures(n, None, passing(images, n, name))
-    raise ValueError(f"{name} is a {type(images).__name__}; expected a tensor, Images, a path, an iterator of batches, or a function (start, count) -> batch")
+    if isinstance(images, Iterator):
+        return Pictures(n, None, passing(images, n, name))
+    raise ValueError(
+        f"{name} is a {type(images).__name__}; expected a tensor, Images, a path, an iterator of batches, or a function (start, count) -> batch"
+    )
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-034
 @dataclass
 class Features:
     """What an extractor saw of n images: features float32 [n, D], class scores logits float32 [n, K] or None, the pixels' mean and variance float64 [C, H, W] (pixels in
     [-1, 1]), `data`, the SHA-256 of the pixels, and what `Extractor` says of itself."""
+
     features: torch.Tensor
     logits: torch.Tensor | None
     mean: torch.Tensor
@@ -297,14 +396,20 @@ class Features:
     resize: str
     distance: str
 
-    def __len__(self): return len(self.features)
-    def __repr__(self): return f"Features({len(self):,} x {self.features.shape[1]}, {self.extractor} {self.weights[:8]}, images {tuple(self.mean.shape)} {self.data[:8]})"
+    def __len__(self):
+        return len(self.features)
+
+    def __repr__(self):
+        return f"Features({len(self):,} x {self.features.shape[1]}, {self.extractor} {self.weights[:8]}, images {tuple(self.mean.shape)} {self.data[:8]})"
 
     @cached_property
-    def statistics(self) -> dict: return statistics(self.features)
+    def statistics(self) -> dict:
+        return statistics(self.features)
 
     @cached_property
-    def bias_constant(self) -> float: return bias_constant(self.statistics["sigma"])
+    def bias_constant(self) -> float:
+        return bias_constant(self.statistics["sigma"])
+
 
 def data_hash(pixels_sha256, n: int, shape) -> str:
     "Close a running SHA-256 of uint8 pixels with their number and shape."
@@ -316,118 +421,237 @@ class Collector:
     """Takes images batch by batch (`add`), keeps what `extractor` sees of them, and ends in `Features` (`finish`).
 
     shape: the (C, H, W) that images must have, else that of the first. n: how many are expected, if known: saves a copy. logits: keep class scores too."""
-    def __init__(self, extractor: Extractor, name: str = "generated", shape: tuple | None = None, n: int | None = None, logits: bool = True):
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        name: str = "generated",
+        shape: tuple | None = None,
+        n: int | None = None,
+        logits: bool = True,
+    ):
         self.extractor, self.name, self.expected, self.keep_logits = extractor, name, n, logits
         self.shape = shape or extractor.shape
-        self.n, self.low, self.high, self.sums, self.hash, self.kept = 0, 255, 0, 0, hashlib.sha256(), ([], [])
+        self.n, self.low, self.high, self.sums, self.hash, self.kept = (
+            0,
+            255,
+            0,
+            0,
+            hashlib.sha256(),
+            ([], []),
+        )
 
     def add(self, x: torch.Tensor) -> None:
         "Images [b, C, H, W], floats in [-1, 1] or uint8."
         x = to_bytes(x, self.name)
-        if not len(x): return
-        if self.shape and tuple(x.shape[1:]) != tuple(self.shape): raise ValueError(f"{self.name}: images are {tuple(x.shape[1:])}, expected {tuple(self.shape)} (C, H, W)")
+        if not len(x):
+            return
+        if self.shape and tuple(x.shape[1:]) != tuple(self.shape):
+            raise ValueError(
+                f"{self.name}: images are {tuple(x.shape[1:])}, expected {tuple(self.shape)} (C, H, W)"
+            )
         self.shape = tuple(x.shape[1:])
-        if self.expected and self.n + len(x) > self.expected: raise ValueError(f"{self.name}: more than the n={self.expected} images that were announced")
+        if self.expected and self.n + len(x) > self.expected:
+            raise ValueError(f"{self.name}: more than the n={self.expected} images that were announced")
         for kept, v in zip(self.kept, self.extractor(x)):
-            if v is None or kept is self.kept[1] and not self.keep_logits: continue
-            if self.expected is None: kept.append(v); continue
-            if not kept: kept.append(v.new_empty(self.expected, v.shape[1]))
-            kept[0][self.n:self.n + len(v)] = v
-        x = x.cpu(); self.hash.update(x.contiguous().numpy())
-        low, high = x.aminmax(); f = x.float()
+            if v is None or kept is self.kept[1] and not self.keep_logits:
+                continue
+            if self.expected is None:
+                kept.append(v)
+                continue
+            if not kept:
+                kept.append(v.new_empty(self.expected, v.shape[1]))
+            kept[0][self.n : self.n + len(v)] = v
+        x = x.cpu()
+        self.hash.update(x.contiguous().numpy())
+        low, high = x.aminmax()
+        f = x.float()
         self.n, self.low, self.high = self.n + len(x), min(self.low, low.item()), max(self.high, high.item())
         self.sums = self.sums + torch.stack([f.sum(0), f.square_().sum(0)]).double()
 
     def finish(self) -> Features:
         "The `Features` of all images added. Warns of a range that looks like another convention's; `ValueError` for fewer than 2 images."
-        if self.n < 2: raise ValueError(f"{self.name}: {self.n} image(s); a distribution needs at least 2")
-        if self.low >= 127: warnings.warn(f"{self.name}: no pixel is below the middle grey; images in [0, 1] must be brought to [-1, 1] first")
-        if self.high <= 32: warnings.warn(f"{self.name}: the brightest pixel is {self.high} of 255; do the images use the whole range?")
-        features, logits = (torch.cat(kept)[:self.n] if len(kept) > 1 else kept[0][:self.n] if kept else None for kept in self.kept)
+        if self.n < 2:
+            raise ValueError(f"{self.name}: {self.n} image(s); a distribution needs at least 2")
+        if self.low >= 127:
+            warnings.warn(
+                f"{self.name}: no pixel is below the middle grey; images in [0, 1] must be brought to [-1, 1] first"
+            )
+        if self.high <= 32:
+            warnings.warn(
+                f"{self.name}: the brightest pixel is {self.high} of 255; do the images use the whole range?"
+            )
+        features, logits = (
+            torch.cat(kept)[: self.n] if len(kept) > 1 else kept[0][: self.n] if kept else None
+            for kept in self.kept
+        )
         mean = self.sums[0] / self.n
-        variance = ((self.sums[1] / self.n - mean ** 2) * self.n / (self.n - 1)).clamp(0)
+        variance = ((self.sums[1] / self.n - mean**2) * self.n / (self.n - 1)).clamp(0)
         e = self.extractor
-        return Features(features, logits, mean / 127.5 - 1, variance / 127.5 ** 2, data_hash(self.hash, self.n, self.shape), e.name, e.weights, e.resize, e.distance)
+        return Features(
+            features,
+            logits,
+            mean / 127.5 - 1,
+            variance / 127.5**2,
+            data_hash(self.hash, self.n, self.shape),
+            e.name,
+            e.weights,
+            e.resize,
+            e.distance,
+        )
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-036
-def extract(images, extractor: Extractor, n: int | None = None, name: str = "generated", shape: tuple | None = None, logits: bool = True, batch_size: int = 64,
-            cache=None, progress: bool = True) -> Features:
+def extract(
+    images,
+    extractor: Extractor,
+    n: int | None = None,
+    name: str = "generated",
+    shape: tuple | None = None,
+    logits: bool = True,
+    batch_size: int = 64,
+    cache=None,
+    progress: bool = True,
+) -> Features:
     "`Features` of any source that `pictures` reads, or of `Pictures`; arguments as there and in `Collector`. A bar shows the time left on work of more than 2 s."
     check_count("batch_size", batch_size)
     source = images if isinstance(images, Pictures) else pictures(images, n, name, cache)
     shape = shape or extractor.shape
-    if source.shape and shape and tuple(source.shape) != tuple(shape): raise ValueError(f"{name}: images are {tuple(source.shape)}, expected {tuple(shape)} (C, H, W)")
+    if source.shape and shape and tuple(source.shape) != tuple(shape):
+        raise ValueError(f"{name}: images are {tuple(source.shape)}, expected {tuple(shape)} (C, H, W)")
     collector = Collector(extractor, name, shape, source.n, logits)
-    with tqdm(total=source.n, desc=f"{extractor.name} on {name}", unit="image", delay=2, disable=not progress) as bar:
-        for x in source.batches(batch_size): collector.add(x); bar.update(len(x))
+    with tqdm(
+        total=source.n, desc=f"{extractor.name} on {name}", unit="image", delay=2, disable=not progress
+    ) as bar:
+        for x in source.batches(batch_size):
+            collector.add(x)
+            bar.update(len(x))
     return collector.finish()
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-042
 LIBRARY = f"dddm {__version__}, torch-fidelity {version('torch-fidelity')}"
 FORMAT = "dddm-features-1"
 
+
 def as_tensors(found: Features) -> tuple[dict, str]:
     "All that is kept of `Features`, and the SHA-256 over it."
-    tensors = {k: getattr(found, k) for k in ("features", "logits", "mean", "variance") if getattr(found, k) is not None}
+    tensors = {
+        k: getattr(found, k)
+        for k in ("features", "logits", "mean", "variance")
+        if getattr(found, k) is not None
+    }
     tensors |= {k: torch.from_numpy(v) for k, v in found.statistics.items()}
     checksum = hashlib.sha256()
-    for k, v in tensors.items(): checksum.update(k.encode()); checksum.update(v.contiguous().numpy())
+    for k, v in tensors.items():
+        checksum.update(k.encode())
+        checksum.update(v.contiguous().numpy())
     return tensors, checksum.hexdigest()
+
 
 def write_features(path: Path, found: Features, identity: dict) -> None:
     "Keep `found` at `path`: under a temporary name, then renamed."
     tensors, checksum = as_tensors(found)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"format": FORMAT, "identity": json.dumps(identity), "checksum": checksum}
-    with whole_file(path) as part: save_file({k: v.contiguous() for k, v in tensors.items()}, part, about)
+    with whole_file(path) as part:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, part, about)
+
 
 def read_features(path: Path, identity: dict) -> tuple[Features | None, str]:
     "The `Features` kept at `path`, else None and why not. `ValueError` on a file that dddm did not write."
-    if not path.exists(): return None, ""
-    foreign = ValueError(f"{path} was not written by dddm; choose another folder (cache= or $DDDM_CACHE), or move the file away")
+    if not path.exists():
+        return None, ""
+    foreign = ValueError(
+        f"{path} was not written by dddm; choose another folder (cache= or $DDDM_CACHE), or move the file away"
+    )
     try:
-        with safe_open(path, "pt") as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
+        with safe_open(path, "pt") as f:
+            meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
     except SafetensorError as e:
-        with open(path, "rb") as f: head = f.read(1 << 16)
-        if head and FORMAT.encode() not in head: raise foreign from e          # an empty file, or a header that names us: what is left of ours
+        with open(path, "rb") as f:
+            head = f.read(1 << 16)
+        if head and FORMAT.encode() not in head:
+            raise foreign from e  # an empty file, or a header that names us: what is left of ours
         return None, f"it is damaged ({e})"
-    if meta.get("format") != FORMAT: raise foreign
-    try: kept = json.loads(meta["identity"])
-    except (KeyError, ValueError): return None, "it does not say what it is of"
+    if meta.get("format") != FORMAT:
+        raise foreign
+    try:
+        kept = json.loads(meta["identity"])
+    except (KeyError, ValueError):
+        return None, "it does not say what it is of"
     needed = {"features", "mean", "variance", "mu", "sigma"}
-    if not isinstance(kept, dict) or not needed <= set(tensors): return None, "parts of it are missing"
-    if kept != identity: return None, "it is of " + ", ".join(f"{k} {kept.get(k)}" for k in identity if kept.get(k) != identity[k])
-    found = Features(tensors["features"], tensors.get("logits"), tensors["mean"], tensors["variance"], *(identity[k] for k in ("data", "extractor", "weights", "resize", "distance")))
+    if not isinstance(kept, dict) or not needed <= set(tensors):
+        return None, "parts of it are missing"
+    if kept != identity:
+        return None, "it is of " + ", ".join(
+            f"{k} {kept.get(k)}" for k in identity if kept.get(k) != identity[k]
+        )
+    found = Features(
+        tensors["features"],
+        tensors.get("logits"),
+        tensors["mean"],
+        tensors["variance"],
+        *(identity[k] for k in ("data", "extractor", "weights", "resize", "distance")),
+    )
     found.statistics = {k: tensors[k].numpy() for k in ("mu", "sigma")}
     return (found, "") if as_tensors(found)[1] == meta.get("checksum") else (None, "its checksum is wrong")
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-043
-def reference_features(images, extractor: Extractor, n: int | None = None, batch_size: int = 64, cache=None, progress: bool = True) -> Features:
+def reference_features(
+    images,
+    extractor: Extractor,
+    n: int | None = None,
+    batch_size: int = 64,
+    cache=None,
+    progress: bool = True,
+) -> Features:
     """`extract` for the data's side, kept on disk where it is `Images`, a folder or a zip and the extractor is a named one. cache: the folder
     (None: see `data.cache_folder`; False: keep nothing)."""
     source = images if isinstance(images, Pictures) else pictures(images, n, "reference", cache)
-    see = lambda: extract(source, extractor, name="reference", logits=extractor.name != "inception", batch_size=batch_size, progress=progress)   # no metric asks for ImageNet's classes of the data
-    if cache is False or not (source.lasting and extractor.named): return see()
+    see = lambda: extract(
+        source,
+        extractor,
+        name="reference",
+        logits=extractor.name != "inception",
+        batch_size=batch_size,
+        progress=progress,
+    )  # no metric asks for ImageNet's classes of the data
+    if cache is False or not (source.lasting and extractor.named):
+        return see()
     pixels = hashlib.sha256()
-    for x in source.batches(4096): pixels.update(x.contiguous().cpu().numpy())
-    identity = dict(data=data_hash(pixels, source.n, source.shape), **{k: getattr(extractor, k) for k in ("name", "weights", "resize", "distance")}, library=LIBRARY)
+    for x in source.batches(4096):
+        pixels.update(x.contiguous().cpu().numpy())
+    identity = dict(
+        data=data_hash(pixels, source.n, source.shape),
+        **{k: getattr(extractor, k) for k in ("name", "weights", "resize", "distance")},
+        library=LIBRARY,
+    )
     identity["extractor"] = identity.pop("name")
-    path = cache_folder(cache) / f"features-{extractor.name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.safetensors"
+    path = (
+        cache_folder(cache)
+        / f"features-{extractor.name}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.safetensors"
+    )
     found, why = read_features(path, identity)
-    if why: warnings.warn(f"{path} is computed again: {why}")
+    if why:
+        warnings.warn(f"{path} is computed again: {why}")
     if found is None:
         found = see()
-        try: write_features(path, found, identity)
-        except OSError as e: warnings.warn(f"the reference's features could not be kept in {path.parent} ({e}); another folder: cache= or $DDDM_CACHE")
+        try:
+            write_features(path, found, identity)
+        except OSError as e:
+            warnings.warn(
+                f"the reference's features could not be kept in {path.parent} ({e}); another folder: cache= or $DDDM_CACHE"
+            )
     return found
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-047
 KIND = ("metric", "settings", "extractor", "weights", "resize", "n", "reference_n", "reference", "library")
 
+
 @dataclass(frozen=True)
 class Result:
     """One number and what it depends on. n, reference_n: images on either side; reference: SHA-256 of the data's pixels; weights: that of the extractor's; seed: of the samples;
     settings: the metric's own; spread: IS's standard deviation over its splits; floor: what n real images would be expected to score, where that is known."""
+
     metric: str
     value: float
     n: int
@@ -442,31 +666,55 @@ class Result:
     floor: float | None = None
     library: str = LIBRARY
 
-    def __float__(self): return float(self.value)
-    def __lt__(self, other): check_kind(self, other); return self.value < other.value
-    def __sub__(self, other): check_kind(self, other); return self.value - other.value
+    def __float__(self):
+        return float(self.value)
+
+    def __lt__(self, other):
+        check_kind(self, other)
+        return self.value < other.value
+
+    def __sub__(self, other):
+        check_kind(self, other)
+        return self.value - other.value
+
     def __repr__(self):
-        more = (f" ± {self.spread:.2g}" if self.spread is not None else "") + (f" (real images: {self.floor:.3g})" if self.floor is not None else "")
-        return f"{self.metric} {self.value:.4g}{more}, n = {self.n:,}, {self.extractor} {self.weights[:8]}" + (f", {self.settings}" if self.settings else "")
+        more = (f" ± {self.spread:.2g}" if self.spread is not None else "") + (
+            f" (real images: {self.floor:.3g})" if self.floor is not None else ""
+        )
+        return (
+            f"{self.metric} {self.value:.4g}{more}, n = {self.n:,}, {self.extractor} {self.weights[:8]}"
+            + (f", {self.settings}" if self.settings else "")
+        )
+
 
 def check_kind(a: Result, b: Result) -> None:
     "`ValueError` naming the first thing, other than seed and value, in which two results differ: their numbers cannot be compared."
     for k in KIND:
         x, y = getattr(a, k), getattr(b, k)
-        if x != y: raise ValueError(f"results of two kinds, {a.metric} and {b.metric}: {k} is {x!r} in one and {y!r} in the other")
+        if x != y:
+            raise ValueError(
+                f"results of two kinds, {a.metric} and {b.metric}: {k} is {x!r} in one and {y!r} in the other"
+            )
+
 
 def mean_std(results: list[Result]) -> tuple[float, float]:
     "Mean and standard deviation (divided by count - 1) of results that differ in their seeds alone. `ValueError` where kinds differ or a seed comes twice."
-    for r in results[1:]: check_kind(results[0], r)
-    if len(results) < 2 or len({r.seed for r in results}) < len(results): raise ValueError(f"seeds {[r.seed for r in results]}: need two or more, all different")
+    for r in results[1:]:
+        check_kind(results[0], r)
+    if len(results) < 2 or len({r.seed for r in results}) < len(results):
+        raise ValueError(f"seeds {[r.seed for r in results]}: need two or more, all different")
     values = np.array([r.value for r in results])
     return float(values.mean()), float(values.std(ddof=1))
+
 
 def mean_range(values, digits: int = 3, of: int = 1) -> str:
     "Numbers of several seeds as text: mean [smallest, largest], in `digits` significant digits; then (how many), where that is fewer than `of`. No numbers: a dash."
     values = [float(v) for v in values]
-    if not values: return "-"
-    text = f"{sum(values) / len(values):.{digits}g}" + (f" [{min(values):.{digits}g}, {max(values):.{digits}g}]" if len(values) > 1 else "")
+    if not values:
+        return "-"
+    text = f"{sum(values) / len(values):.{digits}g}" + (
+        f" [{min(values):.{digits}g}, {max(values):.{digits}g}]" if len(values) > 1 else ""
+    )
     return text + (f" ({len(values)})" if len(values) < of else "")
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-048
@@ -474,29 +722,44 @@ def table(runs: dict[str, dict[str, Result]]) -> list[dict]:
     "Results of several runs {label: {name: Result}} as rows, one a run. `ValueError` where a column would hold results of two kinds."
     first, rows = {}, []
     for label, results in runs.items():
-        for name, r in results.items(): check_kind(first.setdefault(name, r), r)
+        for name, r in results.items():
+            check_kind(first.setdefault(name, r), r)
         r = next(iter(results.values()))
-        rows.append({"run": label, "n": f"{r.n:,}", "extractor": f"{r.extractor} {r.weights[:8]}", **{k: f"{r.value:.4g}" for k, r in results.items()}})
+        rows.append(
+            {
+                "run": label,
+                "n": f"{r.n:,}",
+                "extractor": f"{r.extractor} {r.weights[:8]}",
+                **{k: f"{r.value:.4g}" for k, r in results.items()},
+            }
+        )
     return [{k: row.get(k, "") for k in ("run", "n", "extractor", *first)} for row in rows]
+
 
 def markdown(rows: list[dict]) -> str:
     "Rows with equal keys as a Markdown table."
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([str(v) for v in row.values()] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
+
 def save_results(path, runs: dict[str, dict[str, Result]], **about) -> None:
     "Write {label: {name: Result}}, and `about` (JSON values) beside it, to a JSON file: whole, or not at all."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     rows = {label: {name: asdict(r) for name, r in found.items()} for label, found in runs.items()}
     with whole_file(path) as part:
         content = {"format": "dddm-results-1", "about": about, "runs": rows}
         part.write_text(json.dumps(content, indent=1) + "\n")
 
+
 def load_results(path) -> tuple[dict[str, dict[str, Result]], dict]:
     "What `save_results` wrote: ({label: {name: Result}}, about). `ValueError` on another file."
-    try: kept = json.loads(Path(path).read_text())
-    except ValueError as e: raise ValueError(f"{path} is no JSON file ({e})") from None
-    if not isinstance(kept, dict) or kept.get("format") != "dddm-results-1": raise ValueError(f"{path} was not written by save_results")
+    try:
+        kept = json.loads(Path(path).read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is no JSON file ({e})") from None
+    if not isinstance(kept, dict) or kept.get("format") != "dddm-results-1":
+        raise ValueError(f"{path} was not written by save_results")
     try:
         results = lambda rows: {name: Result(**r) for name, r in rows.items()}
         return {label: results(rows) for label, rows in kept["runs"].items()}, kept["about"]
@@ -509,11 +772,13 @@ def inception_score(logits: torch.Tensor, splits: int = 10) -> tuple[float, floa
     if len(logits) < splits:
         raise ValueError(f"IS needs an image for each of its {splits} splits; there are {len(logits)}")
     from torch_fidelity.metric_isc import isc_features_to_metric
+
     found = isc_features_to_metric(logits.cpu(), splits)
     return found["inception_score_mean"], found["inception_score_std"]
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-055
-BLOCK = 2 ** 23     # how many distances are in memory at a time
+BLOCK = 2**23  # how many distances are in memory at a time
+
 
 def squared_distances(x: torch.Tensor, y: torch.Tensor):
     r"""Yields $\|x_i - y_j\|^2$ for x [n, D] and y [N, D] in blocks: (rows, a slice of i; distances [b, N]).
@@ -526,18 +791,21 @@ def squared_distances(x: torch.Tensor, y: torch.Tensor):
     buffer = torch.empty(size, len(y), dtype=x.dtype, device=x.device)
     for start in range(0, len(x), size):
         rows = slice(start, min(start + size, len(x)))
-        d = torch.addmm(y_squared, x[rows], y.T, alpha=-2, out=buffer[:rows.stop - start])
+        d = torch.addmm(y_squared, x[rows], y.T, alpha=-2, out=buffer[: rows.stop - start])
         yield rows, d.add_(x_squared[rows, None])
+
 
 def squared_radii(x: torch.Tensor, k: int) -> torch.Tensor:
     "Squared distance of each row of x [n, D] to its k-th nearest other row, [n]."
     radii = torch.empty(len(x), dtype=x.dtype, device=x.device)
     for rows, d in squared_distances(x, x):
-        radii[rows] = d.topk(k + 1, largest=False).values[:, -1]      # the nearest is the row itself
+        radii[rows] = d.topk(k + 1, largest=False).values[:, -1]  # the nearest is the row itself
     return radii
 
-def precision_recall(generated: torch.Tensor, reference: torch.Tensor, k: int = 3,
-                     device=None) -> tuple[float, float]:
+
+def precision_recall(
+    generated: torch.Tensor, reference: torch.Tensor, k: int = 3, device=None
+) -> tuple[float, float]:
     """Share of features generated [n, D] inside the manifold of the reference [N, D], and the reverse.
 
     The manifold: a ball around each point that reaches its k-th nearest neighbour (Kynkäänniemi et al. 2019).
@@ -566,20 +834,28 @@ def pairwise_distance(features: torch.Tensor, most: int = 2000) -> float:
     f = features[evenly(min(most, len(features)), len(features), "features")].double()
     return (torch.cdist(f, f).sum() / (len(f) * (len(f) - 1))).item()
 
+
 def mean_shift(generated: Features, reference: Features) -> tuple[float, float]:
     r"Root mean square, over pixels in [-1, 1], of the mean image's distance from the data's; and what n real images would give, $\sqrt{\overline{\sigma^2}(1/n+1/N)}$."
     shift = (generated.mean - reference.mean).square().mean().sqrt()
     return shift.item(), (reference.variance.mean() * (1 / len(generated) + 1 / len(reference))).sqrt().item()
 
+
 def class_probabilities(features: Features) -> torch.Tensor:
     "What the extractor's classifier says of each image, [n, K]; `ValueError` where it is none."
-    if features.logits is None: raise ValueError(f"the features of {features.extractor!r} came without class scores; take 'digits', 'cifar' or a module with `features` and `head`")
+    if features.logits is None:
+        raise ValueError(
+            f"the features of {features.extractor!r} came without class scores; take 'digits', 'cifar' or a module with `features` and `head`"
+        )
     return features.logits.softmax(1)
+
 
 def confident(features: Features, p: float = 0.9) -> float:
     "Share of images to which the classifier gives some class with probability p or more."
-    if not 0 < p <= 1: raise ValueError(f"p={p}: must lie in (0, 1]")
+    if not 0 < p <= 1:
+        raise ValueError(f"p={p}: must lie in (0, 1]")
     return (class_probabilities(features).amax(1) >= p).double().mean().item()
+
 
 def class_counts(features: Features) -> torch.Tensor:
     "How many images the classifier puts into each class: long [K]."
@@ -587,39 +863,56 @@ def class_counts(features: Features) -> torch.Tensor:
     return p.argmax(1).bincount(minlength=p.shape[1])
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-062
-def nearest(x: torch.Tensor, y: torch.Tensor, own: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(
+    x: torch.Tensor, y: torch.Tensor, own: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     "For each row of x [n, D] the distance to the nearest row of y [N, D], float64, and its index, both [n]. own [n]: row i of x is itself row own[i] of y, which does not count."
     index = torch.empty(len(x), dtype=torch.long)
     for rows in torch.arange(len(x)).split(1000):
         d = torch.cdist(x[rows], y)
-        if own is not None: d[torch.arange(len(rows)), own[rows]] = torch.inf
+        if own is not None:
+            d[torch.arange(len(rows)), own[rows]] = torch.inf
         index[rows] = d.argmin(1)
-    return (x.double() - y[index].double()).norm(dim=1), index               # of nearly equal rows, cdist loses the digits
+    return (x.double() - y[index].double()).norm(dim=1), index  # of nearly equal rows, cdist loses the digits
+
 
 class Memorisation(NamedTuple):
     "share of samples nearer to a training image than `limit`, below which `level` of real images are; distance and index [n]: of each sample's nearest training image."
+
     share: float
     level: float
     limit: float
     distance: torch.Tensor
     index: torch.Tensor
 
-def memorisation(generated: Features, training: Features, heldout: Features | None = None, level: float = 0.05) -> Memorisation:
+
+def memorisation(
+    generated: Features, training: Features, heldout: Features | None = None, level: float = 0.05
+) -> Memorisation:
     """How many samples are copies of training images. The limit is the `level` quantile of held-out images' distances to their nearest training image; without
     `heldout`, of up to 2,000 training images' distances to their nearest other one."""
-    if not 0 < level < 1: raise ValueError(f"level={level}: must lie between 0 and 1")
-    for other in (training, *([heldout] if heldout is not None else [])): check_same_extractor(generated, other)
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: must lie between 0 and 1")
+    for other in (training, *([heldout] if heldout is not None else [])):
+        check_same_extractor(generated, other)
     own = None if heldout is not None else evenly(min(2000, len(training)), len(training), "training")
     real, _ = nearest(training.features[own] if heldout is None else heldout.features, training.features, own)
     limit = real.quantile(level).item()
     distance, index = nearest(generated.features, training.features)
     return Memorisation((distance < limit).double().mean().item(), level, limit, distance, index)
 
+
 def check_same_extractor(a: Features, b: Features) -> None:
     "`ValueError` unless two `Features` were seen by the same extractor, on images of one shape."
     for k in ("extractor", "weights", "resize"):
-        if getattr(a, k) != getattr(b, k): raise ValueError(f"features of two extractors: {k} is {getattr(a, k)!r} on one side and {getattr(b, k)!r} on the other")
-    if a.mean.shape != b.mean.shape: raise ValueError(f"images are {tuple(a.mean.shape)} on one side and {tuple(b.mean.shape)} on the other (C, H, W)")
+        if getattr(a, k) != getattr(b, k):
+            raise ValueError(
+                f"features of two extractors: {k} is {getattr(a, k)!r} on one side and {getattr(b, k)!r} on the other"
+            )
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(
+            f"images are {tuple(a.mean.shape)} on one side and {tuple(b.mean.shape)} on the other (C, H, W)"
+        )
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-064
 def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -628,46 +921,99 @@ def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     own = lambda a: torch.cdist(a, a).sum().item() / (len(a) * (len(a) - 1))
     return 2 * torch.cdist(x, y).mean().item() - own(x) - own(y)
 
+
 def copied_noise(x: torch.Tensor, noise: torch.Tensor) -> float:
     "Mean over samples of the squared correlation, in [0, 1], between an image's pixels x [n, C, H, W] and its noise's, of the same shape."
     x, noise = (v.flatten(1) - v.flatten(1).mean(1, keepdim=True) for v in (x, noise))
-    return ((x * noise).sum(1) ** 2 / ((x * x).sum(1) * (noise * noise).sum(1)).clamp(min=1e-12)).mean().item()
+    return (
+        ((x * noise).sum(1) ** 2 / ((x * x).sum(1) * (noise * noise).sum(1)).clamp(min=1e-12)).mean().item()
+    )
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-070
-METRICS = {"fd": "Fréchet distance: FID with the published Inception weights, else FD-<extractor>", "is": "Inception Score: IS with those weights, else IS-<extractor>",
-           "precision": "share of samples in the data's manifold", "recall": "share of the data in the samples' manifold", "diversity": "mean pairwise distance over the data's",
-           "mean shift": "distance of the mean image from the data's", "confident": "share of samples with a class probability of 0.9 or more"}
+METRICS = {
+    "fd": "Fréchet distance: FID with the published Inception weights, else FD-<extractor>",
+    "is": "Inception Score: IS with those weights, else IS-<extractor>",
+    "precision": "share of samples in the data's manifold",
+    "recall": "share of the data in the samples' manifold",
+    "diversity": "mean pairwise distance over the data's",
+    "mean shift": "distance of the mean image from the data's",
+    "confident": "share of samples with a class probability of 0.9 or more",
+}
+
 
 def frechet_result(g: Features, r: Features) -> tuple[float, float]:
     "Fréchet distance of two `Features` and what real images would be expected to score. Warns where there are fewer images than dimensions."
     floor, D = frechet_bias(r.bias_constant, len(g), len(r)), g.features.shape[1]
     if min(len(g), len(r)) <= D:
-        warnings.warn(f"{g.distance} of {len(g)} samples against {len(r)} images in {D} dimensions is mostly bias: real images would score {floor:.3g} or more. "
-                      f"Take more than {D} of either, several times as many if you can, and compare at equal n only")
+        warnings.warn(
+            f"{g.distance} of {len(g)} samples against {len(r)} images in {D} dimensions is mostly bias: real images would score {floor:.3g} or more. "
+            f"Take more than {D} of either, several times as many if you can, and compare at equal n only"
+        )
     return frechet(g.statistics, r.statistics), floor
 
-def measure(generated: Features, reference: Features | None, metrics=("fd",), k: int = 3,
-            seed: int | None = None, device=None) -> dict[str, Result]:
+
+def measure(
+    generated: Features,
+    reference: Features | None,
+    metrics=("fd",),
+    k: int = 3,
+    seed: int | None = None,
+    device=None,
+) -> dict[str, Result]:
     "`evaluate` for images that an extractor has already seen: {name: Result}. device: of `precision_recall`."
     g, r, out = generated, reference, {}
-    if r is not None: check_same_extractor(g, r)
+    if r is not None:
+        check_same_extractor(g, r)
+
     def put(name, value, **more):
-        out[name] = Result(name, value, len(g), len(r) if r else None, r.data if r else None, g.extractor, g.weights, g.resize, seed, **more)
-    if "fd" in metrics: value, floor = frechet_result(g, r); put(g.distance, value, floor=floor)
+        out[name] = Result(
+            name,
+            value,
+            len(g),
+            len(r) if r else None,
+            r.data if r else None,
+            g.extractor,
+            g.weights,
+            g.resize,
+            seed,
+            **more,
+        )
+
+    if "fd" in metrics:
+        value, floor = frechet_result(g, r)
+        put(g.distance, value, floor=floor)
     if "is" in metrics:
-        class_probabilities(g); value, std = inception_score(g.logits)
+        class_probabilities(g)
+        value, std = inception_score(g.logits)
         put("IS" if g.distance == "FID" else f"IS-{g.extractor}", value, spread=std, settings="10 splits")
     if {"precision", "recall"} & set(metrics):
         for name, value in zip(("precision", "recall"), precision_recall(g.features, r.features, k, device)):
-            if name in metrics: put(name, value, settings=f"k = {k}")
-    if "diversity" in metrics: put("diversity", pairwise_distance(g.features) / pairwise_distance(r.features), floor=1.0)
-    if "mean shift" in metrics: value, floor = mean_shift(g, r); put("mean shift", value, floor=floor)
-    if "confident" in metrics: put("confident", confident(g), settings="p = 0.9", floor=confident(r))
+            if name in metrics:
+                put(name, value, settings=f"k = {k}")
+    if "diversity" in metrics:
+        put("diversity", pairwise_distance(g.features) / pairwise_distance(r.features), floor=1.0)
+    if "mean shift" in metrics:
+        value, floor = mean_shift(g, r)
+        put("mean shift", value, floor=floor)
+    if "confident" in metrics:
+        put("confident", confident(g), settings="p = 0.9", floor=confident(r))
     return out
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-071
-def evaluate(generated, reference=None, extractor="digits", metrics=("fd", "precision", "recall"), n: int | None = None, seed: int | None = None, weights=None,
-             device=None, batch_size: int = 64, cache=None, k: int = 3, progress: bool = True) -> dict[str, Result]:
+def evaluate(
+    generated,
+    reference=None,
+    extractor="digits",
+    metrics=("fd", "precision", "recall"),
+    n: int | None = None,
+    seed: int | None = None,
+    weights=None,
+    device=None,
+    batch_size: int = 64,
+    cache=None,
+    k: int = 3,
+    progress: bool = True,
+) -> dict[str, Result]:
     """Score images: {name: `Result`}, with the names of `METRICS`, and FID, FD-… for "fd" and IS, IS-… for "is".
 
     generated, reference: anything that `pictures` reads, or `Features`. n: how many images to take of `generated` (a function needs it). extractor, weights, device: see
@@ -676,27 +1022,63 @@ def evaluate(generated, reference=None, extractor="digits", metrics=("fd", "prec
     """
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     if not metrics or (unknown := [m for m in metrics if m not in METRICS]):
-        raise ValueError(f"metrics={metrics}: expected some of {', '.join(METRICS)}" + (f", not {unknown[0]!r}" if metrics else "") + " ('fd' with extractor='inception' is FID)")
-    if reference is None and set(metrics) != {"is"}: raise ValueError("reference is missing: of all metrics, only 'is' does without the data")
+        raise ValueError(
+            f"metrics={metrics}: expected some of {', '.join(METRICS)}"
+            + (f", not {unknown[0]!r}" if metrics else "")
+            + " ('fd' with extractor='inception' is FID)"
+        )
+    if reference is None and set(metrics) != {"is"}:
+        raise ValueError("reference is missing: of all metrics, only 'is' does without the data")
     e = load_extractor(extractor, weights, device)
-    without = {"confident"} if e.name == "inception" else {"is", "confident"} if len(e.module.get_requested_features_list()) < 2 else set()
-    if wrong := without & set(metrics): raise ValueError(f"metrics={metrics}: {e.name!r} has no classes for {', '.join(sorted(wrong))}")
+    without = (
+        {"confident"}
+        if e.name == "inception"
+        else {"is", "confident"}
+        if len(e.module.get_requested_features_list()) < 2
+        else set()
+    )
+    if wrong := without & set(metrics):
+        raise ValueError(f"metrics={metrics}: {e.name!r} has no classes for {', '.join(sorted(wrong))}")
     check_count("k", k)
     g = generated if isinstance(generated, Features) else pictures(generated, n, "generated", cache)
-    r = reference if reference is None or isinstance(reference, Features) else pictures(reference, None, "reference", cache)
-    shapes = {who: tuple(v.mean.shape if isinstance(v, Features) else v.shape) for who, v in (("generated", g), ("reference", r), (f"extractor {e.name!r}", e)) if v is not None and (isinstance(v, Features) or v.shape)}
-    if len(set(shapes.values())) > 1: raise ValueError(f"images of different sizes (C, H, W): {', '.join(f'{who} {shape}' for who, shape in shapes.items())}; bring them to one size")
-    least = max(k + 1 if {"precision", "recall"} & set(metrics) else 1, 2 if {"fd", "diversity"} & set(metrics) else 1)
+    r = (
+        reference
+        if reference is None or isinstance(reference, Features)
+        else pictures(reference, None, "reference", cache)
+    )
+    shapes = {
+        who: tuple(v.mean.shape if isinstance(v, Features) else v.shape)
+        for who, v in (("generated", g), ("reference", r), (f"extractor {e.name!r}", e))
+        if v is not None and (isinstance(v, Features) or v.shape)
+    }
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"images of different sizes (C, H, W): {', '.join(f'{who} {shape}' for who, shape in shapes.items())}; bring them to one size"
+        )
+    least = max(
+        k + 1 if {"precision", "recall"} & set(metrics) else 1, 2 if {"fd", "diversity"} & set(metrics) else 1
+    )
     for who, v, need in (("generated", g, max(least, 10 if "is" in metrics else 1)), ("reference", r, least)):
         held = len(v) if isinstance(v, Features) else v.n if v is not None else None
-        if held is not None and held < need: raise ValueError(f"{who} has {held} images; metrics={metrics} with k={k} need at least {need}")
-    if isinstance(r, Pictures): r = reference_features(r, e, batch_size=batch_size, cache=cache, progress=progress)
-    if isinstance(g, Pictures): g = extract(g, e, shape=tuple(r.mean.shape) if r else None, logits=e.name != "inception" or "is" in metrics, batch_size=batch_size, progress=progress)
+        if held is not None and held < need:
+            raise ValueError(f"{who} has {held} images; metrics={metrics} with k={k} need at least {need}")
+    if isinstance(r, Pictures):
+        r = reference_features(r, e, batch_size=batch_size, cache=cache, progress=progress)
+    if isinstance(g, Pictures):
+        g = extract(
+            g,
+            e,
+            shape=tuple(r.mean.shape) if r else None,
+            logits=e.name != "inception" or "is" in metrics,
+            batch_size=batch_size,
+            progress=progress,
+        )
     return measure(g, r, metrics, k, seed, e.device)
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-081
 class PaperRow(NamedTuple):
     "One line of the paper's Table 1 (CIFAR-10, unconditional) or 2 (ImageNet 64x64, class-conditional), as printed; None where the paper prints nothing."
+
     table: int
     group: str
     method: str
@@ -707,7 +1089,9 @@ class PaperRow(NamedTuple):
     precision: float | None
     recall: float | None
 
+
 FAST, DIRECT = "Fast samplers & distillation for diffusion models", "Direct generation"
+
 
 def paper_rows(number: int, columns: tuple, groups: dict[str, str]) -> list[PaperRow]:
     "Lines of `method; source; NFE values…`, one method a line, its evaluations `NFE FID more…` divided by semicolons; - is an empty cell."
@@ -717,11 +1101,25 @@ def paper_rows(number: int, columns: tuple, groups: dict[str, str]) -> list[Pape
             method, source, *evaluations = (part.strip() for part in line.split(";"))
             for nfe, *values in map(str.split, evaluations):
                 found = dict(zip(columns, (None if v == "-" else float(v) for v in values), strict=True))
-                rows.append(PaperRow(number, group, method, source, int(nfe), found["fid"], *(found.get(k) for k in PaperRow._fields[6:])))
+                rows.append(
+                    PaperRow(
+                        number,
+                        group,
+                        method,
+                        source,
+                        int(nfe),
+                        found["fid"],
+                        *(found.get(k) for k in PaperRow._fields[6:]),
+                    )
+                )
     return rows
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-082
-TABLE_1 = paper_rows(1, ("fid", "inception_score"), {FAST: """
+TABLE_1 = paper_rows(
+    1,
+    ("fid", "inception_score"),
+    {
+        FAST: """
 DDIM; Song et al. 2020a; 10 13.36 -
 DPM-solver-fast; Lu et al. 2022; 10 4.70 -
 3-DEIS; Zhang & Chen 2022; 10 4.17 -
@@ -732,7 +1130,8 @@ Knowledge Distillation; Luhman & Luhman 2021; 1 9.36 -
 TRACT; Berthelot et al. 2023; 1 3.78 -; 2 3.32 -
 Diff-Instruct; Luo et al. 2023; 1 4.53 9.89
 CD (LPIPS); Song et al. 2023; 1 3.55 9.48; 2 2.93 9.75
-""", DIRECT: """
+""",
+        DIRECT: """
 Score SDE; Song et al. 2020b; 2000 2.38 9.83
 Score SDE (deep); Song et al. 2020b; 2000 2.20 9.89
 DDPM; Ho et al. 2020; 1000 3.17 9.46
@@ -750,10 +1149,16 @@ iCT-deep; Song & Dhariwal 2023; 1 2.51 9.76; 2 2.24 9.89
 DDDM(T=1000); the paper; 1 2.90 9.81; 2 2.79 9.89; 1000 1.87 9.94
 DDDM(T=8000); the paper; 1 2.82 9.83; 2 2.53 9.84; 1000 1.74 9.93
 DDDM-deep(T=1000); the paper; 1 2.57 9.91; 2 2.33 9.91; 1000 1.79 9.95
-"""})
+""",
+    },
+)
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-083
-TABLE_2 = paper_rows(2, ("fid", "precision", "recall"), {FAST: """
+TABLE_2 = paper_rows(
+    2,
+    ("fid", "precision", "recall"),
+    {
+        FAST: """
 DDIM; Song et al. 2020a; 50 13.7 0.65 0.56; 10 18.3 0.60 0.49
 DPM solver; Lu et al. 2022; 10 7.93 - -; 20 3.42 - -
 DEIS; Zhang & Chen 2022; 10 6.65 - -; 20 3.10 - -
@@ -763,7 +1168,8 @@ BOOT; Gu et al. 2023; 1 16.3 0.68 0.36
 Diff-Instruct; Luo et al. 2023; 1 5.57 - -
 PD (LPIPS); Song et al. 2023; 1 7.88 0.66 0.63; 2 5.74 0.67 0.65; 4 4.92 0.68 0.65
 CD (LPIPS); Song et al. 2023; 1 6.20 0.68 0.63; 2 4.70 0.69 0.64; 3 4.32 0.70 0.64
-""", DIRECT: """
+""",
+        DIRECT: """
 RIN; Jabri et al. 2022; 1000 1.23 - -
 DDPM; Ho et al. 2020; 250 11.0 0.67 0.58
 iDDPM; Nichol & Dhariwal 2021; 250 2.92 0.74 0.62
@@ -775,23 +1181,49 @@ iCT; Song & Dhariwal 2023; 1 4.02 0.70 0.63; 2 3.20 0.73 0.63
 iCT-deep; Song & Dhariwal 2023; 1 3.25 0.72 0.63; 2 2.77 0.74 0.62
 DDDM(T=1000); the paper; 1 4.21 0.71 0.64; 2 3.53 0.73 0.64; 1000 2.76 0.75 0.65
 DDDM-deep(T=1000); the paper; 1 3.47 0.71 0.63; 2 3.08 0.74 0.66; 1000 2.11 0.73 0.67
-"""})
+""",
+    },
+)
 PAPER = TABLE_1 + TABLE_2
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-086
 PRINTED = {"FID": "fid", "IS": "inception_score", "precision": "precision", "recall": "recall"}
-BUDGET = {(1, "DDDM(T=1000)"): "1000 epochs, batch 1024, 8 A100", (1, "DDDM(T=8000)"): "8000 epochs, batch 1024, 8 A100", (2, "DDDM(T=1000)"): "520 epochs, batch 1024, 8 A100"}   # 5.1 and Table 3
+BUDGET = {
+    (1, "DDDM(T=1000)"): "1000 epochs, batch 1024, 8 A100",
+    (1, "DDDM(T=8000)"): "8000 epochs, batch 1024, 8 A100",
+    (2, "DDDM(T=1000)"): "520 epochs, batch 1024, 8 A100",
+}  # 5.1 and Table 3
+
 
 def beside_paper(paper: list[PaperRow], measured: list[tuple[str, int, Result, str]]) -> list[dict]:
     """Lines for `markdown`: the paper's rows, then measured ones (method, NFE, result, budget); columns method, NFE, metric, paper, measured, n, extractor, budget.
 
     A measured FID or IS of 50,000 samples (published Inception weights) whose method and NFE are a row's shares its line; all others have their own."""
-    lines = {(r.method, r.nfe, m): dict(method=f"{r.method}, {r.source}", NFE=r.nfe, metric=m, paper=f"{v:.2f}", measured="", n="50,000" if (r.source, m) == ("the paper", "FID") else "",
-                                        extractor="inception" if m in ("FID", "IS") else "", budget=BUDGET.get((r.table, r.method), ""))
-             for r in paper for m, k in PRINTED.items() if (v := getattr(r, k)) is not None}
+    lines = {
+        (r.method, r.nfe, m): dict(
+            method=f"{r.method}, {r.source}",
+            NFE=r.nfe,
+            metric=m,
+            paper=f"{v:.2f}",
+            measured="",
+            n="50,000" if (r.source, m) == ("the paper", "FID") else "",
+            extractor="inception" if m in ("FID", "IS") else "",
+            budget=BUDGET.get((r.table, r.method), ""),
+        )
+        for r in paper
+        for m, k in PRINTED.items()
+        if (v := getattr(r, k)) is not None
+    }
     for method, nfe, r, budget in measured:
         same = r.metric in ("FID", "IS") and r.n == 50_000 and (method, nfe, r.metric) in lines
         lines[(method, nfe, r.metric) if same else (method, nfe, r)] = dict(
-            method=f"{method}, measured", NFE=nfe, metric=r.metric, paper=lines[method, nfe, r.metric]["paper"] if same else "", measured=f"{r.value:.4g}",
-            n=f"{r.n:,}", extractor=f"{r.extractor} {r.weights[:8]}", budget=budget)
+            method=f"{method}, measured",
+            NFE=nfe,
+            metric=r.metric,
+            paper=lines[method, nfe, r.metric]["paper"] if same else "",
+            measured=f"{r.value:.4g}",
+            n=f"{r.n:,}",
+            extractor=f"{r.extractor} {r.weights[:8]}",
+            budget=budget,
+        )
     return list(lines.values())

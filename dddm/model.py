@@ -8,6 +8,7 @@ __all__ = ['DDDM']
 # %% ../nbs/02_reformulation.ipynb #02-reformulation-003
 import torch
 from torch import nn
+
 from .schedule import VPSchedule, check_finite
 
 # %% ../nbs/02_reformulation.ipynb #02-reformulation-014
@@ -18,21 +19,33 @@ class DDDM(nn.Module):
     x_t itself, which is the boundary condition $F(\cdot,\cdot,0) = 0$ of (2). The schedule is no part of the state dict.
     `shape`: of one sample, taken from `net.shape` where it has one, else None.
     """
+
     def __init__(self, net: nn.Module, schedule: VPSchedule):
         super().__init__()
         self.net, self.schedule, self.shape = net, schedule, getattr(net, "shape", None)
 
-    def forward(self, x0_estimate: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x0_estimate: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, label: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The next estimate of x_0, shaped like x_t. x0_estimate, x_t [B, …] of equal shape, t long [B] in 0..T, label long [B] or None.
 
         Raises `ValueError` on mismatched shapes, t out of range, non-finite inputs, or a net whose output is not shaped like x_t.
         """
         if x0_estimate.shape != x_t.shape or x_t.ndim == 0:
-            raise ValueError(f"x0_estimate has shape {tuple(x0_estimate.shape)}, x_t {tuple(x_t.shape)}; both must be [B, …] and equal")
+            raise ValueError(
+                f"x0_estimate has shape {tuple(x0_estimate.shape)}, x_t {tuple(x_t.shape)}; both must be [B, …] and equal"
+            )
         t = self.schedule.check_t(t, len(x_t))
-        if label is not None and label.shape != t.shape: raise ValueError(f"label has shape {tuple(label.shape)}; expected ({len(x_t)},), one for each sample")
-        check_finite("x0_estimate", x0_estimate); check_finite("x_t", x_t)
+        if label is not None and label.shape != t.shape:
+            raise ValueError(
+                f"label has shape {tuple(label.shape)}; expected ({len(x_t)},), one for each sample"
+            )
+        check_finite("x0_estimate", x0_estimate)
+        check_finite("x_t", x_t)
         F = self.net(x_t, t, x0_estimate, label)
-        if F.shape != x_t.shape: raise ValueError(f"net returned shape {tuple(F.shape)}; F must be shaped like x_t, {tuple(x_t.shape)}")
+        if F.shape != x_t.shape:
+            raise ValueError(
+                f"net returned shape {tuple(F.shape)}; F must be shaped like x_t, {tuple(x_t.shape)}"
+            )
         noisy = (t > 0).reshape(-1, *[1] * (x_t.ndim - 1))
         return torch.where(noisy, x_t - F, x_t)

@@ -10,17 +10,28 @@ __all__ = ['ESTIMATES', 'RUNGS', 'SAMPLERS', 'OBJECTIVES', 'RENOISE_STREAM', 'Pa
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-003
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .losses import refuse_unknown
 from .model import DDDM
-from .sampling import (Arrivals, at_steps, batch_for, check_count, class_labels, draws, eval_mode, number_format,
-                           sampling_dtype, step_counts)
+from dddm.sampling import (
+    Arrivals,
+    at_steps,
+    batch_for,
+    check_count,
+    class_labels,
+    draws,
+    eval_mode,
+    number_format,
+    sampling_dtype,
+    step_counts,
+)
 from .schedule import VPSchedule
 from .store import seeded_normal, to_device
 
@@ -35,6 +46,7 @@ class Part:
     (None: `first` for both). again: under "self", one in so many rows is given the model's own estimate.
     lower: long [B], the level below t; weight: [B] or []. `Objective.prepare` sets these two.
     """
+
     x0: torch.Tensor
     estimate: torch.Tensor | None
     t: torch.Tensor
@@ -52,6 +64,7 @@ class Part:
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-012
 ESTIMATES = ("store", "noise", "truth", "shuffled", "self", "none")
 
+
 def fill(how: str, model, part: Part, x_t, t, first=None) -> torch.Tensor:
     r"""The estimate [B, C, H, W] that the network is given in training, without gradient.
 
@@ -64,11 +77,16 @@ def fill(how: str, model, part: Part, x_t, t, first=None) -> torch.Tensor:
     if how in ("store", "shuffled") and part.estimate is None:
         raise ValueError(f"estimate={how!r} needs the store's rows, but part.estimate is None")
     first = part.first if first is None else first
-    if how == "store": return part.estimate
-    if how == "noise": return first
-    if how == "truth": return part.x0
-    if how == "shuffled": return part.estimate.roll(1, 0) if len(part.x0) > 1 else first
-    if how == "self": return self_conditioned(model, part, x_t, t, first)
+    if how == "store":
+        return part.estimate
+    if how == "noise":
+        return first
+    if how == "truth":
+        return part.x0
+    if how == "shuffled":
+        return part.estimate.roll(1, 0) if len(part.x0) > 1 else first
+    if how == "self":
+        return self_conditioned(model, part, x_t, t, first)
     refuse_unknown("estimate", how, ESTIMATES)
     return torch.zeros_like(x_t)
 
@@ -101,6 +119,7 @@ def epoch_weight(part: Part, schedule: VPSchedule, **unused) -> Part:
     r"`part` with `weight` $w = 1/(\text{epoch}+1)$, a tensor [] on its device, so that a compiled objective need not change with it."
     return replace(part, weight=torch.full((), 1 / (part.epoch + 1), device=part.x0.device))
 
+
 def published_code(model, d, schedule: VPSchedule, part: Part, estimate: str = "store"):
     r"""$w\,d(\hat x_0, x_0) + (1-w)\,d(\hat x_0, \text{row})$ with w = `part.weight` [B]; and the rows that it stores: the ground truth $x_0$.
 
@@ -123,29 +142,46 @@ def levels(schedule: VPSchedule, n: int, rho: float | None = 7.0) -> torch.Tenso
     rho None: evenly spaced in the angle $\theta = \arctan\sigma$ instead, in which $x_t = \cos\theta\,x_0 + \sin\theta\,\epsilon$ turns from data to noise.
     Raises `ValueError` unless n >= 2, for both ends must be there.
     """
-    if n < 2: raise ValueError(f"n={n}: at least two levels, the first and the last time")
-    scale = sigma(schedule).atan() if rho is None else sigma(schedule) ** (1 / rho)      # compared as they are: taking the inverse would round past the first and last level
+    if n < 2:
+        raise ValueError(f"n={n}: at least two levels, the first and the last time")
+    scale = (
+        sigma(schedule).atan() if rho is None else sigma(schedule) ** (1 / rho)
+    )  # compared as they are: taking the inverse would round past the first and last level
     wanted = torch.linspace(scale[1].item(), scale[-1].item(), n, dtype=torch.float64)
-    return torch.cat([torch.zeros(1, dtype=torch.long), torch.searchsorted(scale, wanted).clamp(1, schedule.T).unique()])
+    return torch.cat(
+        [torch.zeros(1, dtype=torch.long), torch.searchsorted(scale, wanted).clamp(1, schedule.T).unique()]
+    )
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-033
 def level_count(progress: float, least: int, most: int) -> int:
     "Number of levels after a share `progress`, in [0, 1), of the training: `least`, doubled at equal intervals until `most` (Song & Dhariwal 2023). `ValueError` unless 2 <= least <= most."
-    if not 2 <= least <= most: raise ValueError(f"levels ({least}, {most}): need 2 <= least <= most")
+    if not 2 <= least <= most:
+        raise ValueError(f"levels ({least}, {most}): need 2 <= least <= most")
     return min(most, least * 2 ** int(progress * (math.log2(most / least) + 1)))
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-034
 RUNGS = ("lognormal", "uniform", "rising")
 
+
 @lru_cache(maxsize=64)
-def spaced(T: int, beta_min: float, beta_max: float, n: int, rho: float | None, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def spaced(
+    T: int, beta_min: float, beta_max: float, n: int, rho: float | None, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     "`levels`, and their noise over signal, on `device`, made once for each."
     schedule = VPSchedule(T, beta_min, beta_max)
     times = levels(schedule, n, rho)
     return to_device(times, device), to_device(sigma(schedule)[times], device)
 
-def ladder(T: int, beta_min: float, beta_max: float, n: int, rungs: str = "lognormal", progress: float = 0.0,
-           device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+
+def ladder(
+    T: int,
+    beta_min: float,
+    beta_max: float,
+    n: int,
+    rungs: str = "lognormal",
+    progress: float = 0.0,
+    device: str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r"""The times of n levels [m + 1], m <= n after rounding; the distribution over their intervals as a cumulative sum from 0 to 1 [m + 1]; each interval's weight [m].
 
     Which rungs are drawn decides what a model is good for: lognormal attends to small noise, which re-noising asks for, and draws
@@ -159,20 +195,32 @@ def ladder(T: int, beta_min: float, beta_max: float, n: int, rungs: str = "logno
     times, s = spaced(T, beta_min, beta_max, n, None if rungs == "rising" else 7.0, str(device))
     p = progress if rungs == "rising" else 0.0
     weight = (1 + p * s[1:]) / s.diff()
-    if rungs == "uniform": return times, torch.linspace(0, 1, len(times), dtype=torch.float64, device=s.device), weight
-    z = torch.special.ndtr((s.log() + 1.1 - 1.5 * p) / 2)                   # sigma = 0 gives 0
+    if rungs == "uniform":
+        return times, torch.linspace(0, 1, len(times), dtype=torch.float64, device=s.device), weight
+    z = torch.special.ndtr((s.log() + 1.1 - 1.5 * p) / 2)  # sigma = 0 gives 0
     return times, (z - z[0]) / (z[-1] - z[0]), weight
 
-def with_levels(part: Part, schedule: VPSchedule, level_range: tuple = (10, 80), rungs: str = "lognormal") -> Part:
+
+def with_levels(
+    part: Part, schedule: VPSchedule, level_range: tuple = (10, 80), rungs: str = "lognormal"
+) -> Part:
     r"""`part` with neighbouring levels: `t`, `lower` (long [B]), the upper and lower end of the interval that u falls in, and its weight [B].
 
     The intervals are those of `ladder`, with `level_count(part.progress, *level_range)` levels. Runs on the device of `part.u`.
     """
     count = level_count(part.progress, *level_range)
-    device = part.u.device if part.u.device.type != "mps" else "cpu"         # MPS has no float64
-    times, share, weight = ladder(schedule.T, schedule.beta_min, schedule.beta_max, count, rungs, part.progress, device)
+    device = part.u.device if part.u.device.type != "mps" else "cpu"  # MPS has no float64
+    times, share, weight = ladder(
+        schedule.T, schedule.beta_min, schedule.beta_max, count, rungs, part.progress, device
+    )
     i = torch.searchsorted(share, part.u.double().to(device), right=True).clamp(1, len(times) - 1)
-    return replace(part, **{k: v.to(part.x0.device) for k, v in dict(t=times[i], lower=times[i - 1], weight=weight[i - 1].float()).items()})
+    return replace(
+        part,
+        **{
+            k: v.to(part.x0.device)
+            for k, v in dict(t=times[i], lower=times[i - 1], weight=weight[i - 1].float()).items()
+        },
+    )
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-039
 def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "self"):
@@ -198,16 +246,27 @@ class Boundary(nn.Module):
 
     net(x_t [B, C, H, W], t long [B], x0_estimate [B, C, H, W], label) -> [B, C, H, W], as `DDDM` takes it; its own target is the velocity $\sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0$ of unit size at every t.
     """
+
     def __init__(self, net: nn.Module, schedule: VPSchedule):
         super().__init__()
-        self.net, self.schedule, self.shape, self.classes = net, schedule, getattr(net, "shape", None), getattr(net, "classes", None)
+        self.net, self.schedule, self.shape, self.classes = (
+            net,
+            schedule,
+            getattr(net, "shape", None),
+            getattr(net, "classes", None),
+        )
 
     def forward(self, x_t, t, x0_estimate, label=None):
         signal, noise = self.schedule.signal_noise(t, x_t)
         return (1 - signal) * x_t + noise * self.net(x_t, t, x0_estimate, label)
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-047
-SAMPLERS = ("fixed", "ddim", "renoise")     # algorithm 2, at one x_T; at falling times, the implied noise kept, for a posterior mean; with fresh noise, for a consistency model
+SAMPLERS = (
+    "fixed",
+    "ddim",
+    "renoise",
+)  # algorithm 2, at one x_T; at falling times, the implied noise kept, for a posterior mean; with fresh noise, for a consistency model
+
 
 class Objective(NamedTuple):
     """What `training` and `assemble` need to know of an objective.
@@ -217,12 +276,14 @@ class Objective(NamedTuple):
     prepare(part, schedule, level_range=…, rungs=…) -> the part that `loss` takes, with what changes from step to step in tensors.
     exact: whether it takes differences of answers that nearly agree, for which bfloat16 is too coarse.
     """
+
     loss: Callable
     estimate: str
     bounded: bool
     sampler: str
     prepare: Callable = lambda part, schedule, **unused: part
     exact: bool = False
+
 
 OBJECTIVES = {
     "paper": Objective(paper, "store", False, "fixed"),
@@ -232,8 +293,17 @@ OBJECTIVES = {
     "regression": Objective(paper, "none", True, "ddim"),
 }
 
-def objective_value(objective: str, model, d, schedule: VPSchedule, part: Part, estimate: str | None = None, level_range: tuple = (10, 80),
-             rungs: str = "lognormal"):
+
+def objective_value(
+    objective: str,
+    model,
+    d,
+    schedule: VPSchedule,
+    part: Part,
+    estimate: str | None = None,
+    level_range: tuple = (10, 80),
+    rungs: str = "lognormal",
+):
     """The objective's value [B], its rows for the store or None, and the part with the levels that it used.
 
     estimate: None is the objective's own, see `estimate_of`; level_range, rungs: see `with_levels`. Raises `ValueError` as those do.
@@ -249,17 +319,25 @@ def estimate_of(objective: str, estimate: str | None = None) -> str:
     Raises `ValueError` for names that do not exist, and for an estimate that the objective does not take.
     """
     refuse_unknown("objective", objective, list(OBJECTIVES))
-    if estimate is None: return OBJECTIVES[objective].estimate
+    if estimate is None:
+        return OBJECTIVES[objective].estimate
     refuse_unknown("estimate", estimate, ESTIMATES)
-    allowed = {"paper": ("store", "noise", "truth", "shuffled", "self"), "consistency": ("self", "noise", "store")}.get(objective, (OBJECTIVES[objective].estimate,))
-    if estimate not in allowed: raise ValueError(f"estimate={estimate!r}: objective {objective!r} takes {' or '.join(allowed)}")
+    allowed = {
+        "paper": ("store", "noise", "truth", "shuffled", "self"),
+        "consistency": ("self", "noise", "store"),
+    }.get(objective, (OBJECTIVES[objective].estimate,))
+    if estimate not in allowed:
+        raise ValueError(f"estimate={estimate!r}: objective {objective!r} takes {' or '.join(allowed)}")
     return estimate
+
 
 def sampler_of(objective: str, sampler: str | None = None) -> str:
     "The sampler of a model, one of `SAMPLERS`: `sampler`, or where it is None what the objective says. Raises `ValueError` for names that do not exist."
     refuse_unknown("objective", objective, list(OBJECTIVES))
-    if sampler is not None: refuse_unknown("sampler", sampler, SAMPLERS)
+    if sampler is not None:
+        refuse_unknown("sampler", sampler, SAMPLERS)
     return OBJECTIVES[objective].sampler if sampler is None else sampler
+
 
 def needs_store(objective: str, estimate: str | None = None) -> bool:
     "Whether training reads the estimates of the epoch before."
@@ -270,6 +348,7 @@ def blindfold(model, inputs: tuple) -> tuple:
     "Forward hook of a model that has no estimate: zeros in its place."
     return torch.zeros_like(inputs[0]), *inputs[1:]
 
+
 def assemble(objective: str, net: nn.Module, schedule: VPSchedule, sampler: str | None = None) -> DDDM:
     r"""The model $f_\theta$ of an objective: F is the network, or the network under `Boundary`.
 
@@ -279,14 +358,16 @@ def assemble(objective: str, net: nn.Module, schedule: VPSchedule, sampler: str 
     sampler = sampler_of(objective, sampler)
     model = DDDM(Boundary(net, schedule) if OBJECTIVES[objective].bounded else net, schedule)
     model.blind, model.sampler = OBJECTIVES[objective].estimate == "none", sampler
-    if model.blind: model.register_forward_pre_hook(blindfold)
+    if model.blind:
+        model.register_forward_pre_hook(blindfold)
     return model
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-052
 def times_down(T: int, steps: int) -> list[int]:
     "steps + 1 times from T to 0 in equal steps, rounded. `ValueError` unless 1 <= steps <= T."
     check_count("steps", steps)
-    if steps > T: raise ValueError(f"steps={steps}: the schedule has only T={T} times")
+    if steps > T:
+        raise ValueError(f"steps={steps}: the schedule has only T={T} times")
     return [round(T * (steps - k) / steps) for k in range(steps + 1)]
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-053
@@ -298,8 +379,10 @@ def from_noise(model, x_T, steps: int, label=None, noise=None, clamp: bool = Tru
     `RuntimeError` where what comes out is not finite.
     """
     x = _down(model, x_T, steps, class_labels(model, label, len(x_T)), noise, clamp, x0)
-    if not x.isfinite().all(): raise RuntimeError(f"the model's output after {steps} steps has non-finite values")
+    if not x.isfinite().all():
+        raise RuntimeError(f"the model's output after {steps} steps has non-finite values")
     return x
+
 
 def _down(model, x, steps: int, label, noise, clamp, x0):
     "`from_noise` without its checks."
@@ -309,16 +392,32 @@ def _down(model, x, steps: int, label, noise, clamp, x0):
         for k, (now, then) in enumerate(zip(times, times[1:])):
             t, s = (torch.full((len(x),), v, device=x.device) for v in (now, then))
             x_hat = model(torch.zeros_like(x) if x0 is None else x0, x, t, label)
-            if clamp: x_hat = x_hat.clamp(-1, 1)
+            if clamp:
+                x_hat = x_hat.clamp(-1, 1)
             (a, b), (a_s, b_s) = schedule.signal_noise(t, x), schedule.signal_noise(s, x)
-            x = x_hat if then == 0 else a_s * x_hat + b_s * ((x - a * x_hat) / b if noise is None else noise(k))
-    return x.clone()                                        # outside inference mode: an ordinary tensor
+            x = (
+                x_hat
+                if then == 0
+                else a_s * x_hat + b_s * ((x - a * x_hat) / b if noise is None else noise(k))
+            )
+    return x.clone()  # outside inference mode: an ordinary tensor
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-057
-RENOISE_STREAM = 16          # the streams below belong to the store and to `dddm.sampling.draws`
+RENOISE_STREAM = 16  # the streams below belong to the store and to `dddm.sampling.draws`
 
-def generate(model, sampler: str | None = None, n: int = 16, steps=(1, 2, 5, 20, 100), seed: int = 0, label=None, batch_size: int | None = None,
-             clamp: bool = True, settle: float | None = None, precision: str = "float32") -> dict[int, torch.Tensor]:
+
+def generate(
+    model,
+    sampler: str | None = None,
+    n: int = 16,
+    steps=(1, 2, 5, 20, 100),
+    seed: int = 0,
+    label=None,
+    batch_size: int | None = None,
+    clamp: bool = True,
+    settle: float | None = None,
+    precision: str = "float32",
+) -> dict[int, torch.Tensor]:
     r"""Images 0 … n - 1 of `seed` after each number of steps: a dict steps -> [n, C, H, W] in [-1, 1] on the CPU, ascending (clamp=False: not cut).
 
     sampler: None is the model's own (`assemble` notes it; "fixed" for a model that was made otherwise). "fixed" is algorithm 2
@@ -328,17 +427,30 @@ def generate(model, sampler: str | None = None, n: int = 16, steps=(1, 2, 5, 20,
     for "fixed" alone; the other two have no steps to leave out. Raises `ValueError` for bad arguments, `RuntimeError` where the
     model's output is not finite.
     """
-    if sampler is None: sampler = getattr(model, "sampler", "fixed")
+    if sampler is None:
+        sampler = getattr(model, "sampler", "fixed")
     refuse_unknown("sampler", sampler, SAMPLERS)
-    if model.shape is None: raise ValueError("the model's net has no `shape`, and so does not say what one of its samples looks like")
+    if model.shape is None:
+        raise ValueError(
+            "the model's net has no `shape`, and so does not say what one of its samples looks like"
+        )
     steps = step_counts(steps)
     if sampler == "fixed":
-        return at_steps(model, n, steps, seed, label, batch_size, clamp=clamp, settle=settle, precision=precision)
-    if settle is not None: raise ValueError(f"settle={settle!r} is for the sampler 'fixed': every step of {sampler!r} is at another time")
+        return at_steps(
+            model, n, steps, seed, label, batch_size, clamp=clamp, settle=settle, precision=precision
+        )
+    if settle is not None:
+        raise ValueError(
+            f"settle={settle!r} is for the sampler 'fixed': every step of {sampler!r} is at another time"
+        )
     check_count("n", n)
-    for s in steps: times_down(model.schedule.T, s)
+    for s in steps:
+        times_down(model.schedule.T, s)
     label, like = class_labels(model, label, n), next(model.parameters(), torch.zeros(()))
-    size, dtype = batch_for(batch_size, like.device), sampling_dtype(model, precision, None if label is None else int(label[0]))
+    size, dtype = (
+        batch_for(batch_size, like.device),
+        sampling_dtype(model, precision, None if label is None else int(label[0])),
+    )
     out = {s: torch.empty(n, *model.shape, dtype=like.dtype) for s in steps}
     arrivals, here = Arrivals(out), lambda x: to_device(x.to(like.dtype), like.device)
     with number_format(like.device, dtype):
@@ -346,10 +458,18 @@ def generate(model, sampler: str | None = None, n: int = 16, steps=(1, 2, 5, 20,
             rows = slice(a, min(a + size, n))
             index = range(rows.start, rows.stop)
             x_T, x0 = (here(v) for v in draws(seed, index, model.shape))
-            noise = (lambda k: here(seeded_normal(seed, index, model.shape, RENOISE_STREAM + k))) if sampler == "renoise" else None
-            found = {s: _down(model, x_T, s, None if label is None else label[rows], noise, clamp, x0) for s in steps}
+            noise = (
+                (lambda k: here(seeded_normal(seed, index, model.shape, RENOISE_STREAM + k)))
+                if sampler == "renoise"
+                else None
+            )
+            found = {
+                s: _down(model, x_T, s, None if label is None else label[rows], noise, clamp, x0)
+                for s in steps
+            }
             bad = torch.zeros((), dtype=torch.long, device=like.device)
-            for s in reversed(steps): bad = torch.where(found[s].isfinite().all(), bad, s)
+            for s in reversed(steps):
+                bad = torch.where(found[s].isfinite().all(), bad, s)
             arrivals.put(rows, found, bad)
         arrivals.finish()
     return out

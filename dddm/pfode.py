@@ -9,8 +9,10 @@ __all__ = ['log_joint', 'responsibility_over_variance', 'mixture_score', 'mixtur
 # %% ../nbs/01_pfode.ipynb #01-pfode-003
 import math
 import numbers
+
 import torch
 from scipy.integrate import solve_ivp
+
 from .schedule import VPSchedule, check_finite
 
 # %% ../nbs/01_pfode.ipynb #01-pfode-009
@@ -20,9 +22,10 @@ def log_joint(x, a, b, means, stds, weights):
     x [B, D]; signal a and noise b, both [B]; means [K, D], stds [K], weights [K]; all float64.
     A weight of zero gives $-\infty$, which the softmax and the log-sum-exp below take without complaint.
     """
-    var = torch.outer(stds ** 2, a ** 2) + b ** 2                                            # [K, B]
-    sq = (x ** 2).sum(1) - 2 * (means @ (a[:, None] * x).T) + torch.outer((means ** 2).sum(1), a ** 2)
+    var = torch.outer(stds**2, a**2) + b**2  # [K, B]
+    sq = (x**2).sum(1) - 2 * (means @ (a[:, None] * x).T) + torch.outer((means**2).sum(1), a**2)
     return weights.log()[:, None] - 0.5 * (x.shape[1] * (2 * math.pi * var).log() + sq / var), var
+
 
 def responsibility_over_variance(x, a, b, means, stds, weights):
     r"$R_k = r_k / v_k$, [B, K], with $r_k$ the probability that x came from component k; arguments as in `log_joint`."
@@ -39,14 +42,14 @@ def mixture_score(x, a, b, means, stds, weights):
 def mixture_posterior_mean(x, a, b, means, stds, weights):
     r"$E[x_0 \mid x] = b^2 \sum_k R_k m_k + a\,x \sum_k R_k s_k^2$, [B, D]; arguments as in `log_joint`."
     R = responsibility_over_variance(x, a, b, means, stds, weights)
-    return (b ** 2)[:, None] * (R @ means) + x * (a * (R @ stds ** 2))[:, None]
+    return (b**2)[:, None] * (R @ means) + x * (a * (R @ stds**2))[:, None]
 
 # %% ../nbs/01_pfode.ipynb #01-pfode-020
 def angle_velocity(x, theta, means, stds, weights):
     r"$dx/d\theta = b\,\big(a\,x \sum_k R_k (1 - s_k^2) - \sum_k R_k m_k\big)$, a = cos, b = sin of the angle theta [B]; [B, D]."
     a, b = theta.cos(), theta.sin()
     R = responsibility_over_variance(x, a, b, means, stds, weights)
-    return x * (a * b * (R @ (1 - stds ** 2)))[:, None] - b[:, None] * (R @ means)
+    return x * (a * b * (R @ (1 - stds**2)))[:, None] - b[:, None] * (R @ means)
 
 # %% ../nbs/01_pfode.ipynb #01-pfode-023
 def integrate(x, theta, means, stds, weights, tol=1e-10, at=(0.0,)):
@@ -55,40 +58,58 @@ def integrate(x, theta, means, stds, weights, tol=1e-10, at=(0.0,)):
     Returns float64 [len(at), B, D]. DOP853 with relative and absolute local error `tol`, the step shared by all of x.
     Raises `RuntimeError` when the solver gives up.
     """
+
     def velocity(u, y):
         y = torch.from_numpy(y).view(x.shape)
         return (theta[:, None] * angle_velocity(y, u * theta, means, stds, weights)).reshape(-1).numpy()
-    end = solve_ivp(velocity, (1.0, 0.0), x.reshape(-1).numpy(), method="DOP853", rtol=tol, atol=tol, t_eval=at)
-    if not end.success: raise RuntimeError(f"the PF-ODE solver stopped: {end.message}")
+
+    end = solve_ivp(
+        velocity, (1.0, 0.0), x.reshape(-1).numpy(), method="DOP853", rtol=tol, atol=tol, t_eval=at
+    )
+    if not end.success:
+        raise RuntimeError(f"the PF-ODE solver stopped: {end.message}")
     return torch.from_numpy(end.y.T.copy()).view(len(at), *x.shape)
 
 # %% ../nbs/01_pfode.ipynb #01-pfode-025
 def gaussian_flow(x, a, b, mean, std):
     r"$c\,x + (1 - a\,c)\,m$ with $c = s / \sqrt{a^2 s^2 + b^2}$, [B, D]: the PF-ODE's end point for one Gaussian; x [B, D], a, b [B], mean [D]."
-    c = std / ((a * std) ** 2 + b ** 2).sqrt()
+    c = std / ((a * std) ** 2 + b**2).sqrt()
     return c[:, None] * x + torch.outer(1 - a * c, mean)
 
 # %% ../nbs/01_pfode.ipynb #01-pfode-029
 def end_point(x, a, b, means, stds, weights, tol):
     "The PF-ODE's end point at angle 0, [B, D]: closed form for one component, else integrated in slices that bound the memory."
-    if len(means) == 1: return gaussian_flow(x, a, b, means[0], stds[0])
-    rows = max(1, 2 ** 17 // max(means.shape))
+    if len(means) == 1:
+        return gaussian_flow(x, a, b, means[0], stds[0])
+    rows = max(1, 2**17 // max(means.shape))
     slices = zip(x.split(rows), torch.atan2(b, a).split(rows))
-    return torch.cat([integrate(*part, means, stds, weights, tol)[-1] if len(part[0]) else part[0] for part in slices])
+    return torch.cat(
+        [integrate(*part, means, stds, weights, tol)[-1] if len(part[0]) else part[0] for part in slices]
+    )
 
 # %% ../nbs/01_pfode.ipynb #01-pfode-031
 def check_mixture(means, stds, weights):
     "The three as float64 CPU tensors [K, D], [K], [K], the weights' rounding removed; `ValueError` naming the argument at fault."
-    means, stds, weights = ((v if torch.is_tensor(v) else torch.as_tensor(v, dtype=torch.float64)).detach().cpu().double() for v in (means, stds, weights))
+    means, stds, weights = (
+        (v if torch.is_tensor(v) else torch.as_tensor(v, dtype=torch.float64)).detach().cpu().double()
+        for v in (means, stds, weights)
+    )
     if means.ndim != 2 or 0 in means.shape:
-        raise ValueError(f"means has shape {tuple(means.shape)}; expected [K, D], one row for each component, K >= 1 and D >= 1")
+        raise ValueError(
+            f"means has shape {tuple(means.shape)}; expected [K, D], one row for each component, K >= 1 and D >= 1"
+        )
     for name, v in (("means", means), ("stds", stds), ("weights", weights)):
         if v is not means and v.shape != means.shape[:1]:
-            raise ValueError(f"{name} has shape {tuple(v.shape)}; expected ({len(means)},), one for each row of means")
+            raise ValueError(
+                f"{name} has shape {tuple(v.shape)}; expected ({len(means)},), one for each row of means"
+            )
         check_finite(name, v)
-    if stds.min() <= 0: raise ValueError(f"stds has {stds.min():g}; every standard deviation must be > 0")
-    if weights.min() < 0: raise ValueError(f"weights has {weights.min():g}; every weight must be >= 0")
-    if abs(weights.sum() - 1) > 1e-6: raise ValueError(f"weights sum to {weights.sum():.6g}; they must sum to 1: divide them by their sum")
+    if stds.min() <= 0:
+        raise ValueError(f"stds has {stds.min():g}; every standard deviation must be > 0")
+    if weights.min() < 0:
+        raise ValueError(f"weights has {weights.min():g}; every weight must be >= 0")
+    if abs(weights.sum() - 1) > 1e-6:
+        raise ValueError(f"weights sum to {weights.sum():.6g}; they must sum to 1: divide them by their sum")
     return means, stds, weights / weights.sum()
 
 # %% ../nbs/01_pfode.ipynb #01-pfode-032
@@ -99,11 +120,14 @@ class GaussianMixture:
     In every method x is [B, D], finite, of any float type and device; t is a long tensor [B] in 0..T or one integer.
     Results are computed in float64 on the CPU and returned in float64 on x's device (float32 on MPS, which has no float64).
     """
-    def __init__(self, means, stds, weights): self.means, self.stds, self.weights = check_mixture(means, stds, weights)
+
+    def __init__(self, means, stds, weights):
+        self.means, self.stds, self.weights = check_mixture(means, stds, weights)
 
     def sample(self, n: int, generator=None) -> torch.Tensor:
         "`n` >= 1 draws from p_data, float64 [n, D], on the CPU."
-        if not isinstance(n, numbers.Integral) or n < 1: raise ValueError(f"n={n!r}: the number of draws must be an integer >= 1")
+        if not isinstance(n, numbers.Integral) or n < 1:
+            raise ValueError(f"n={n!r}: the number of draws must be an integer >= 1")
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
         noise = torch.randn(n, self.means.shape[1], dtype=torch.float64, generator=generator)
         return self.means[k] + self.stds[k, None] * noise
@@ -125,7 +149,8 @@ class GaussianMixture:
 
         On the border between two basins f can be steep by many orders of magnitude, and the solver's error grows with the slope.
         """
-        if not 1e-13 <= tol <= 1e-3: raise ValueError(f"tol={tol}: the solver's tolerance must lie in 1e-13..1e-3")
+        if not 1e-13 <= tol <= 1e-3:
+            raise ValueError(f"tol={tol}: the solver's tolerance must lie in 1e-13..1e-3")
         return self._at(x_t.detach(), t, schedule, lambda *at: end_point(*at, tol=tol))
 
     def _at(self, x, t, schedule, function):
@@ -135,8 +160,12 @@ class GaussianMixture:
 def evaluate_at(x, t, schedule, function, means, stds, weights):
     "`function(x, a, b, means, stds, weights)` with a, b the signal and noise at t, after checking x [B, D] and t; on x's device."
     D = means.shape[1]
-    if x.ndim != 2 or x.shape[1] != D: raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, {D}], one point of the mixture's dimension a row")
-    if not x.is_floating_point(): raise ValueError(f"x has dtype {x.dtype}; it must be floating point")
+    if x.ndim != 2 or x.shape[1] != D:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected [B, {D}], one point of the mixture's dimension a row"
+        )
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}; it must be floating point")
     check_finite("x", x.cpu())
     ab = schedule.alphas_bar[schedule.check_t(torch.as_tensor(t).cpu(), len(x)).cpu()]
     result = function(x.cpu().double(), ab.sqrt(), (1 - ab).sqrt(), means, stds, weights)

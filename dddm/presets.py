@@ -18,24 +18,84 @@ from .losses import pseudo_huber_c, refuse_unknown
 from .training import TrainConfig
 
 # %% ../nbs/11_presets.ipynb #11-presets-005
-ADM_CIFAR = dict(base=128, multipliers=(1, 2, 2, 2), blocks=3, dropout=0.3, attention=(16, 8), estimate=(16, 8))
-CIFAR10 = dict(data="cifar10", shape=(3, 32, 32), net=ADM_CIFAR, distance="pseudo_lpips", c=pseudo_huber_c((3, 32, 32)), T=1000, epochs=1000,
-               batch=1024, lr=2e-4, ema=0.9999, ema_warmup=False, store_dtype="float32", log_every=50, checkpoint_every=1000, sample_every=1000)
+ADM_CIFAR = dict(
+    base=128, multipliers=(1, 2, 2, 2), blocks=3, dropout=0.3, attention=(16, 8), estimate=(16, 8)
+)
+CIFAR10 = dict(
+    data="cifar10",
+    shape=(3, 32, 32),
+    net=ADM_CIFAR,
+    distance="pseudo_lpips",
+    c=pseudo_huber_c((3, 32, 32)),
+    T=1000,
+    epochs=1000,
+    batch=1024,
+    lr=2e-4,
+    ema=0.9999,
+    ema_warmup=False,
+    store_dtype="float32",
+    log_every=50,
+    checkpoint_every=1000,
+    sample_every=1000,
+)
 
 # %% ../nbs/11_presets.ipynb #11-presets-007
-ADM_IMAGENET = dict(base=192, multipliers=(1, 2, 3, 4), blocks=3, dropout=0.0, attention=(16, 8), estimate=(16, 8))
-IMAGENET64 = dict(data="imagenet64", shape=(3, 64, 64), classes=1000, net=ADM_IMAGENET, distance="pseudo_lpips", c=pseudo_huber_c((3, 64, 64)), T=1000,
-                  epochs=520, batch=1024, lr=1e-4, ema=0.9999, ema_warmup=False, store_dtype="float16", log_every=50, checkpoint_every=2500, sample_every=2500)
+ADM_IMAGENET = dict(
+    base=192, multipliers=(1, 2, 3, 4), blocks=3, dropout=0.0, attention=(16, 8), estimate=(16, 8)
+)
+IMAGENET64 = dict(
+    data="imagenet64",
+    shape=(3, 64, 64),
+    classes=1000,
+    net=ADM_IMAGENET,
+    distance="pseudo_lpips",
+    c=pseudo_huber_c((3, 64, 64)),
+    T=1000,
+    epochs=520,
+    batch=1024,
+    lr=1e-4,
+    ema=0.9999,
+    ema_warmup=False,
+    store_dtype="float16",
+    log_every=50,
+    checkpoint_every=2500,
+    sample_every=2500,
+)
 
 # %% ../nbs/11_presets.ipynb #11-presets-009
-DIGITS = dict(data="digits", shape=(1, 8, 8), net=dict(base=32, multipliers=(1, 1), blocks=1, dropout=0.0, attention=(4,), estimate=(8, 4)), distance="pseudo_huber",
-              c=pseudo_huber_c((1, 8, 8)), epochs=60, batch=128, lr=1e-3, store_dtype="float16", log_every=15, checkpoint_every=300, sample_every=300)
-CIFAR10_SMALL = dict(data="cifar10", shape=(3, 32, 32), net=dict(base=32, multipliers=(1, 2, 2), blocks=1, dropout=0.0, attention=(8,), estimate=(16, 8)),
-                     distance="pseudo_huber", c=pseudo_huber_c((3, 32, 32)), epochs=4, batch=128, lr=5e-4, store_dtype="float16", log_every=10, checkpoint_every=100, sample_every=100)
+DIGITS = dict(
+    data="digits",
+    shape=(1, 8, 8),
+    net=dict(base=32, multipliers=(1, 1), blocks=1, dropout=0.0, attention=(4,), estimate=(8, 4)),
+    distance="pseudo_huber",
+    c=pseudo_huber_c((1, 8, 8)),
+    epochs=60,
+    batch=128,
+    lr=1e-3,
+    store_dtype="float16",
+    log_every=15,
+    checkpoint_every=300,
+    sample_every=300,
+)
+CIFAR10_SMALL = dict(
+    data="cifar10",
+    shape=(3, 32, 32),
+    net=dict(base=32, multipliers=(1, 2, 2), blocks=1, dropout=0.0, attention=(8,), estimate=(16, 8)),
+    distance="pseudo_huber",
+    c=pseudo_huber_c((3, 32, 32)),
+    epochs=4,
+    batch=128,
+    lr=5e-4,
+    store_dtype="float16",
+    log_every=10,
+    checkpoint_every=100,
+    sample_every=100,
+)
 
 # %% ../nbs/11_presets.ipynb #11-presets-011
 REPAIR = dict(objective="consistency", rungs="rising", lr_decay=0.5, drop_last=True, distance="pseudo_huber")
 FEW_STEPS = dict(rungs="lognormal", sampler="renoise")
+
 
 def repaired(fields: dict, few_steps: bool = False) -> dict:
     """Fields of `TrainConfig` with the repair put in: `REPAIR`, the `c` of `pseudo_huber_c` for their "shape" (C, H, W), and 0.6 of their "lr"; few_steps: `FEW_STEPS`, too.
@@ -43,28 +103,64 @@ def repaired(fields: dict, few_steps: bool = False) -> dict:
     An "estimate" and "distance_options" of the fields are dropped: the first might leak, the second belong to another distance. The other fields stay; levels that suit a
     long training, (10, 640) for CIFAR-10, are yours to set. Fields that have it already would get 0.6 of the rate again. Raises `ValueError` if "shape" or "lr" is missing.
     """
-    if missing := [k for k in ("shape", "lr") if k not in fields]: raise ValueError(f"fields lack {' and '.join(missing)}: c follows the shape, and the repair's rate is 0.6 of yours")
+    if missing := [k for k in ("shape", "lr") if k not in fields]:
+        raise ValueError(
+            f"fields lack {' and '.join(missing)}: c follows the shape, and the repair's rate is 0.6 of yours"
+        )
     rest = {k: v for k, v in fields.items() if k not in ("estimate", "distance_options")}
-    return {**rest, **REPAIR, "c": pseudo_huber_c(fields["shape"]), "lr": 0.6 * fields["lr"], **(FEW_STEPS if few_steps else {})}
+    return {
+        **rest,
+        **REPAIR,
+        "c": pseudo_huber_c(fields["shape"]),
+        "lr": 0.6 * fields["lr"],
+        **(FEW_STEPS if few_steps else {}),
+    }
 
-DIGITS_CONSISTENCY = {**repaired(DIGITS), "classes": 10, "epochs": 75, "ema": 0.95, "net": {**DIGITS["net"], "base": 16, "multipliers": (1, 2)}}
+
+DIGITS_CONSISTENCY = {
+    **repaired(DIGITS),
+    "classes": 10,
+    "epochs": 75,
+    "ema": 0.95,
+    "net": {**DIGITS["net"], "base": 16, "multipliers": (1, 2)},
+}
 CIFAR10_SMALL_CONSISTENCY = repaired(CIFAR10_SMALL)
 CIFAR10_CONSISTENCY = {**repaired(CIFAR10), "lr": CIFAR10["lr"], "levels": (10, 640)}
-TEN_MINUTES = dict(net=dict(base=96, multipliers=(1, 2, 2), blocks=2, dropout=0.1, attention=(16, 8), estimate=(16, 8)), epochs=40,
-                   batch=512, levels=(10, 160), lr=3e-4, ema=0.999, ema_warmup=True)
+TEN_MINUTES = dict(
+    net=dict(base=96, multipliers=(1, 2, 2), blocks=2, dropout=0.1, attention=(16, 8), estimate=(16, 8)),
+    epochs=40,
+    batch=512,
+    levels=(10, 160),
+    lr=3e-4,
+    ema=0.999,
+    ema_warmup=True,
+)
 CIFAR10_TEN_MINUTES = {**repaired(CIFAR10), **TEN_MINUTES}
 
 # %% ../nbs/11_presets.ipynb #11-presets-013
 def deeper(fields: dict) -> dict:
-    "The same preset with twice the residual blocks a stage: the paper's \"deep\"."
+    'The same preset with twice the residual blocks a stage: the paper\'s "deep".'
     return {**fields, "net": {**fields["net"], "blocks": 2 * fields["net"]["blocks"]}}
 
-PRESETS = {"digits": DIGITS, "cifar10-small": CIFAR10_SMALL, "cifar10": CIFAR10,
-           **{f"cifar10-T{T}": {**CIFAR10, "T": T, "epochs": T} for T in (2000, 4000, 8000)},
-           "cifar10-deep": deeper(CIFAR10), "imagenet64": IMAGENET64, "imagenet64-deep": deeper(IMAGENET64),
-           "digits-consistency": DIGITS_CONSISTENCY, "cifar10-small-consistency": CIFAR10_SMALL_CONSISTENCY, "cifar10-consistency": CIFAR10_CONSISTENCY,
-           "cifar10-ten-minutes": CIFAR10_TEN_MINUTES}
-PRESETS |= {name.replace("consistency", "few-steps"): {**fields, **FEW_STEPS} for name, fields in PRESETS.items() if name.endswith("-consistency")}
+
+PRESETS = {
+    "digits": DIGITS,
+    "cifar10-small": CIFAR10_SMALL,
+    "cifar10": CIFAR10,
+    **{f"cifar10-T{T}": {**CIFAR10, "T": T, "epochs": T} for T in (2000, 4000, 8000)},
+    "cifar10-deep": deeper(CIFAR10),
+    "imagenet64": IMAGENET64,
+    "imagenet64-deep": deeper(IMAGENET64),
+    "digits-consistency": DIGITS_CONSISTENCY,
+    "cifar10-small-consistency": CIFAR10_SMALL_CONSISTENCY,
+    "cifar10-consistency": CIFAR10_CONSISTENCY,
+    "cifar10-ten-minutes": CIFAR10_TEN_MINUTES,
+}
+PRESETS |= {
+    name.replace("consistency", "few-steps"): {**fields, **FEW_STEPS}
+    for name, fields in PRESETS.items()
+    if name.endswith("-consistency")
+}
 
 # %% ../nbs/11_presets.ipynb #11-presets-014
 def preset(name: str, **overrides) -> TrainConfig:
@@ -77,7 +173,10 @@ def preset(name: str, **overrides) -> TrainConfig:
     fields = dict(PRESETS[name])
     for key, value in overrides.items():
         refuse_unknown("field", key, [f.name for f in dataclasses.fields(TrainConfig)])
-        if (merged := key in ("net", "distance_options")) and not isinstance(value, dict): raise ValueError(f"{key}={value!r}: must be a dict of what to change, such as {{'dropout': 0.1}} for net")
+        if (merged := key in ("net", "distance_options")) and not isinstance(value, dict):
+            raise ValueError(
+                f"{key}={value!r}: must be a dict of what to change, such as {{'dropout': 0.1}} for net"
+            )
         fields[key] = {**fields.get(key, {}), **value} if merged else value
     return TrainConfig(**fields)
 
@@ -86,12 +185,22 @@ def main(argv=None) -> None:
     "Print a preset as the JSON that dddm.training reads."
     parser = argparse.ArgumentParser(prog="dddm.presets", description=main.__doc__)
     parser.add_argument("name", help=", ".join(PRESETS))
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field; the value is YAML, as in --set 'net={dropout: 0.1}'")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change a field; the value is YAML, as in --set 'net={dropout: 0.1}'",
+    )
     args = parser.parse_args(argv)
-    if wrong := [s for s in args.set if "=" not in s]: parser.error(f"--set {wrong[0]}: write FIELD=VALUE")
-    try: config = preset(args.name, **{k: yaml.safe_load(v) for k, v in (s.split("=", 1) for s in args.set)})
-    except (ValueError, yaml.YAMLError) as e: parser.error(str(e))
+    if wrong := [s for s in args.set if "=" not in s]:
+        parser.error(f"--set {wrong[0]}: write FIELD=VALUE")
+    try:
+        config = preset(args.name, **{k: yaml.safe_load(v) for k, v in (s.split("=", 1) for s in args.set)})
+    except (ValueError, yaml.YAMLError) as e:
+        parser.error(str(e))
     print(json.dumps(config.to_dict(), indent=1))
 
 # %% ../nbs/11_presets.ipynb #11-presets-022
-if __name__ == "__main__" and globals().get("__spec__"): main()     # as `python -m`, not as a cell of this notebook
+if __name__ == "__main__" and globals().get("__spec__"):
+    main()  # as `python -m`, not as a cell of this notebook

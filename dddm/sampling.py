@@ -13,16 +13,18 @@ import json
 import math
 import numbers
 import zlib
-import numpy as np
-import torch
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
+
+import numpy as np
+import torch
 from PIL import Image
-from .schedule import check_finite
+
 from .losses import refuse_unknown
+from .schedule import check_finite
 from .store import queued, seeded_normal, to_device
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-011
@@ -30,10 +32,13 @@ from .store import queued, seeded_normal, to_device
 def eval_mode(modules: list):
     "Every module of the list in eval mode inside the block; afterwards each one as it was before, also where they differed."
     training = [m for m in modules if m.training]
-    for m in training: m.training = False
-    try: yield
+    for m in training:
+        m.training = False
+    try:
+        yield
     finally:
-        for m in training: m.training = True
+        for m in training:
+            m.training = True
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-013
 def class_labels(model, label, n: int) -> torch.Tensor | None:
@@ -41,17 +46,25 @@ def class_labels(model, label, n: int) -> torch.Tensor | None:
 
     A net says how many classes it has in `net.classes` (None: unconditional). Raises `ValueError` for a class it does not have.
     """
-    if label is None: return None
+    if label is None:
+        return None
     label = torch.as_tensor(label)
-    if label.is_floating_point() or label.dtype == torch.bool: raise ValueError(f"label has dtype {label.dtype}; classes are integers")
-    if label.ndim == 0: label = label.expand(n)
-    if label.shape != (n,): raise ValueError(f"label has shape {tuple(label.shape)}; give one class for all, or {n} of them")
+    if label.is_floating_point() or label.dtype == torch.bool:
+        raise ValueError(f"label has dtype {label.dtype}; classes are integers")
+    if label.ndim == 0:
+        label = label.expand(n)
+    if label.shape != (n,):
+        raise ValueError(f"label has shape {tuple(label.shape)}; give one class for all, or {n} of them")
     if hasattr(model.net, "classes"):
-        if not model.net.classes: raise ValueError("label was given, but the model is unconditional; leave label out")
+        if not model.net.classes:
+            raise ValueError("label was given, but the model is unconditional; leave label out")
         low, high = label.min().item(), label.max().item()
         if low < 0 or high >= model.net.classes:
-            raise ValueError(f"label ranges over {low}..{high}; the model's classes are 0..{model.net.classes - 1}")
+            raise ValueError(
+                f"label ranges over {low}..{high}; the model's classes are 0..{model.net.classes - 1}"
+            )
     return label.long()
+
 
 def check_count(name: str, value) -> None:
     "Raise `ValueError` unless `value` is an integer >= 1."
@@ -59,8 +72,15 @@ def check_count(name: str, value) -> None:
         raise ValueError(f"{name}={value!r}: must be an integer >= 1")
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-015
-def iterate(model, x_T: torch.Tensor, x0: torch.Tensor | None = None, steps: int = 1, label=None,
-            generator: torch.Generator | None = None, clamp: bool = True) -> Iterator[torch.Tensor]:
+def iterate(
+    model,
+    x_T: torch.Tensor,
+    x0: torch.Tensor | None = None,
+    steps: int = 1,
+    label=None,
+    generator: torch.Generator | None = None,
+    clamp: bool = True,
+) -> Iterator[torch.Tensor]:
     r"""Algorithm 2: a generator of $x_0^{(1)}, \dots, x_0^{(steps)}$, where $x_0^{(n+1)} = f_\theta(x_0^{(n)}, x_T, T)$ (4).
 
     model: `DDDM`; x_T [B, …] ~ N(0, I), on the model's device. x0: $x_0^{(0)}$, shaped like x_T; None draws N(0, I) from `generator`.
@@ -71,15 +91,20 @@ def iterate(model, x_T: torch.Tensor, x0: torch.Tensor | None = None, steps: int
     """
     check_count("steps", steps)
     if model.shape is not None and tuple(x_T.shape[1:]) != tuple(model.shape):
-        raise ValueError(f"x_T has shape {tuple(x_T.shape)}; expected (B, {', '.join(map(str, model.shape))})")
+        raise ValueError(
+            f"x_T has shape {tuple(x_T.shape)}; expected (B, {', '.join(map(str, model.shape))})"
+        )
     if x0 is None:
         device = x_T.device if generator is None else generator.device
         x0 = torch.randn(x_T.shape, dtype=x_T.dtype, device=device, generator=generator).to(x_T.device)
-    if x0.shape != x_T.shape: raise ValueError(f"x0 has shape {tuple(x0.shape)}; expected that of x_T, {tuple(x_T.shape)}")
-    check_finite("x_T", x_T); check_finite("x0", x0)
+    if x0.shape != x_T.shape:
+        raise ValueError(f"x0 has shape {tuple(x0.shape)}; expected that of x_T, {tuple(x_T.shape)}")
+    check_finite("x_T", x_T)
+    check_finite("x0", x0)
     label = class_labels(model, label, len(x_T))
     bad = torch.zeros((), dtype=torch.long, device=x_T.device)
     return _estimates(model, x_T, x0, steps, label if label is None else label.to(x_T.device), clamp, bad)
+
 
 def _estimates(model, x_T, x, steps, label, clamp, bad, look=True):
     "`iterate` after its checks. bad: long [], gets the first step that is not finite; look: raise an error for it."
@@ -88,22 +113,32 @@ def _estimates(model, x_T, x, steps, label, clamp, bad, look=True):
     for n in range(1, steps + 1):
         with torch.inference_mode(), eval_mode(modules):
             x = model(x, x_T, t, label).to(x_T.dtype)
-            finite = x.sum(dtype=None if x.dtype == torch.float64 else torch.float32).isfinite()  # a twentieth of the cost of isfinite(x).all()
+            finite = x.sum(
+                dtype=None if x.dtype == torch.float64 else torch.float32
+            ).isfinite()  # a twentieth of the cost of isfinite(x).all()
             bad.copy_(torch.where((bad == 0) & ~finite, n, bad))
-        if look and (n == steps or x.device.type == "cpu"): refuse_bad(bad, steps)
-        x = x.clamp(-1, 1) if clamp else x.clone()      # outside inference mode: an ordinary tensor, which the caller may use anywhere
+        if look and (n == steps or x.device.type == "cpu"):
+            refuse_bad(bad, steps)
+        x = (
+            x.clamp(-1, 1) if clamp else x.clone()
+        )  # outside inference mode: an ordinary tensor, which the caller may use anywhere
         yield x
+
 
 def refuse_bad(bad, steps: int) -> None:
     "Raise `RuntimeError` where `bad`, the first step whose output is not finite, is not 0."
-    if bad: raise RuntimeError(f"the model's output at step {int(bad)} of {steps} has non-finite values")
+    if bad:
+        raise RuntimeError(f"the model's output at step {int(bad)} of {steps} has non-finite values")
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-023
-X_T_STREAM, X0_STREAM = 1, 2          # the training store is filled from stream 0
+X_T_STREAM, X0_STREAM = 1, 2  # the training store is filled from stream 0
+
 
 def draws(seed: int, index, shape) -> tuple[torch.Tensor, torch.Tensor]:
     r"$x_T$ and $x_0^{(0)}$, both ~ N(0, I), float32 [B, *shape] on the CPU, of the images numbered `index` [B] under `seed`."
-    return seeded_normal(seed, index, shape, stream=X_T_STREAM), seeded_normal(seed, index, shape, stream=X0_STREAM)
+    return seeded_normal(seed, index, shape, stream=X_T_STREAM), seeded_normal(
+        seed, index, shape, stream=X0_STREAM
+    )
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-025
 def _ahead(f, items) -> Iterator:
@@ -112,16 +147,20 @@ def _ahead(f, items) -> Iterator:
         ready = None
         for item in items:
             coming = pool.submit(f, item)
-            if ready is not None: yield ready.result()
+            if ready is not None:
+                yield ready.result()
             ready = coming
         yield ready.result()
+
 
 class Arrivals:
     """Brings each batch's images to the CPU while the next batch is computed: one wait a batch, a batch late.
 
     out: {steps: [n, …]} on the CPU, to be filled. `finish` after the last batch.
     """
-    def __init__(self, out: dict): self.out, self.coming = out, None
+
+    def __init__(self, out: dict):
+        self.out, self.coming = out, None
 
     def put(self, rows: slice, found: dict, bad: torch.Tensor) -> None:
         "found: {steps: images [b, …]} of `rows`; bad: long [], the first step that was not finite, or 0."
@@ -130,36 +169,49 @@ class Arrivals:
         before, self.coming = self.coming, (rows, images, bad, queued(next(iter(found.values())).device))
         self._take(before)
 
-    def finish(self) -> None: self._take(self.coming)
+    def finish(self) -> None:
+        self._take(self.coming)
 
     def _take(self, batch) -> None:
-        if batch is None: return
+        if batch is None:
+            return
         rows, images, bad, arrived = batch
         arrived()
         refuse_bad(bad, max(self.out))
-        for s, x in images.items(): self.out[s][rows] = x
+        for s, x in images.items():
+            self.out[s][rows] = x
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-checks
 def check_settle(settle) -> None:
     "Raises `ValueError` unless settle is None or a finite number >= 0."
-    if settle is not None and (isinstance(settle, bool) or not isinstance(settle, numbers.Real) or not 0 <= settle < math.inf):
-        raise ValueError(f"settle={settle!r}: must be None, or a finite number >= 0 (2e-6 is a little above what float32 leaves of an iteration at rest)")
+    if settle is not None and (
+        isinstance(settle, bool) or not isinstance(settle, numbers.Real) or not 0 <= settle < math.inf
+    ):
+        raise ValueError(
+            f"settle={settle!r}: must be None, or a finite number >= 0 (2e-6 is a little above what float32 leaves of an iteration at rest)"
+        )
+
 
 def step_counts(steps) -> list[int]:
     "Numbers of steps, ascending, each once. `ValueError` unless `steps` is an iterable of integers >= 1, with at least one."
-    if not isinstance(steps, Iterable): raise ValueError(f"steps={steps!r}: give the numbers of steps, such as (1, 5)")
+    if not isinstance(steps, Iterable):
+        raise ValueError(f"steps={steps!r}: give the numbers of steps, such as (1, 5)")
     counts = set(steps)
-    if not counts: raise ValueError("steps is empty; give at least one number of steps")
-    for s in counts: check_count("steps", s)
+    if not counts:
+        raise ValueError("steps is empty; give at least one number of steps")
+    for s in counts:
+        check_count("steps", s)
     return sorted(counts)
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-precision
 PRECISIONS = ("float32", "bfloat16", "auto")
 
+
 def has_bfloat16(device) -> bool:
     "Whether the device computes in bfloat16 itself: CUDA devices from compute capability 8.0 (A100) on."
     device = torch.device(device)
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
 
 @torch.inference_mode()
 def sampling_dtype(model, precision: str = "float32", label: int | None = None) -> torch.dtype:
@@ -170,9 +222,11 @@ def sampling_dtype(model, precision: str = "float32", label: int | None = None) 
     256. label: a class for those images, where the model has classes. Raises `ValueError` for another name.
     """
     refuse_unknown("precision", precision, PRECISIONS)
-    if precision != "auto": return getattr(torch, precision)
+    if precision != "auto":
+        return getattr(torch, precision)
     weight = next(model.parameters(), None)
-    if weight is None or model.shape is None or not has_bfloat16(weight.device): return torch.float32
+    if weight is None or model.shape is None or not has_bfloat16(weight.device):
+        return torch.float32
     noise, x0 = (to_device(v, weight.device) for v in draws(0, range(64), model.shape))
     label = None if label is None else torch.full((64,), label, device=weight.device)
     x_t, differ = noise, []
@@ -181,10 +235,12 @@ def sampling_dtype(model, precision: str = "float32", label: int | None = None) 
             t = torch.full((64,), t, device=weight.device)
             a, b = model.schedule.signal_noise(t, noise)
             exact = model(x0, a * x_t.clamp(-1, 1) + b * noise, t, label)
-            with torch.autocast("cuda", torch.bfloat16): rough = model(x0, a * x_t.clamp(-1, 1) + b * noise, t, label)
+            with torch.autocast("cuda", torch.bfloat16):
+                rough = model(x0, a * x_t.clamp(-1, 1) + b * noise, t, label)
             differ.append((rough.float() - exact).square().mean().sqrt())
             x_t = exact
-    return torch.bfloat16 if torch.stack(differ).max() < 2 / 255 else torch.float32         # a NaN is the largest
+    return torch.bfloat16 if torch.stack(differ).max() < 2 / 255 else torch.float32  # a NaN is the largest
+
 
 def number_format(device, dtype):
     "A context in which networks on `device` are evaluated in `dtype`."
@@ -193,12 +249,25 @@ def number_format(device, dtype):
 # %% ../nbs/08_sampling.ipynb #08-sampling-027
 def batch_for(batch_size: int | None, device) -> int:
     "Images in a batch: `batch_size`, or where it is None 1024 on a GPU and 256 elsewhere. `ValueError` unless it is an integer >= 1."
-    if batch_size is None: return 1024 if device.type == "cuda" else 256
+    if batch_size is None:
+        return 1024 if device.type == "cuda" else 256
     check_count("batch_size", batch_size)
     return int(batch_size)
 
-def at_steps(model, n: int, steps=(1, 2, 5, 20, 100), seed: int = 0, label=None, batch_size: int | None = None, start: int = 0,
-             shape=None, clamp: bool = True, settle: float | None = None, precision: str = "float32") -> dict[int, torch.Tensor]:
+
+def at_steps(
+    model,
+    n: int,
+    steps=(1, 2, 5, 20, 100),
+    seed: int = 0,
+    label=None,
+    batch_size: int | None = None,
+    start: int = 0,
+    shape=None,
+    clamp: bool = True,
+    settle: float | None = None,
+    precision: str = "float32",
+) -> dict[int, torch.Tensor]:
     r"""The images numbered start … start + n - 1 of `seed` after each number of steps: a dict steps -> [n, *shape] on the CPU, ascending.
 
     One trajectory of max(steps) evaluations an image (algorithm 2). Image i depends on (seed, i) alone, not on n, start or batch_size
@@ -213,29 +282,41 @@ def at_steps(model, n: int, steps=(1, 2, 5, 20, 100), seed: int = 0, label=None,
     steps = step_counts(steps)
     if isinstance(start, bool) or not isinstance(start, numbers.Integral) or start < 0:
         raise ValueError(f"start={start!r}: must be an integer >= 0")
-    if model.shape is None and shape is None: raise ValueError("the model's net has no `shape`; say which: shape=(C, H, W)")
+    if model.shape is None and shape is None:
+        raise ValueError("the model's net has no `shape`; say which: shape=(C, H, W)")
     if model.shape and shape and tuple(shape) != tuple(model.shape):
         raise ValueError(f"shape={tuple(shape)}; the model's is {tuple(model.shape)}")
     shape, label = tuple(shape or model.shape), class_labels(model, label, n)
     weights = chain(model.parameters(), model.buffers(), [torch.zeros(())])
-    like = next(w for w in weights if w.is_floating_point())                  # images get its device and dtype
+    like = next(w for w in weights if w.is_floating_point())  # images get its device and dtype
     dtype = sampling_dtype(model, precision, None if label is None else int(label[0]))
     label = label if label is None else to_device(label, like.device)
-    size, out = batch_for(batch_size, like.device), {s: torch.empty(n, *shape, dtype=like.dtype) for s in steps}
+    size, out = (
+        batch_for(batch_size, like.device),
+        {s: torch.empty(n, *shape, dtype=like.dtype) for s in steps},
+    )
     batches, arrivals = range(0, n, size), Arrivals(out)
 
     def noise(a):
-        return tuple(to_device(v.to(like.dtype), like.device) for v in draws(seed, range(start + a, start + min(a + size, n)), shape))
+        return tuple(
+            to_device(v.to(like.dtype), like.device)
+            for v in draws(seed, range(start + a, start + min(a + size, n)), shape)
+        )
 
     with eval_mode(list(model.modules())), number_format(like.device, dtype):
         for a, (x_T, x0) in zip(batches, _ahead(noise, batches)):
             rows, found, before = slice(a, a + len(x_T)), {}, None
             bad = torch.zeros((), dtype=torch.long, device=like.device)
-            trajectory = _estimates(model, x_T, x0, steps[-1], None if label is None else label[rows], clamp, bad, look=False)
+            trajectory = _estimates(
+                model, x_T, x0, steps[-1], None if label is None else label[rows], clamp, bad, look=False
+            )
             for s, x in enumerate(trajectory, 1):
-                if s in out: found[s] = x
-                if like.device.type == "cpu": refuse_bad(bad, steps[-1])
-                if settle is None: continue
+                if s in out:
+                    found[s] = x
+                if like.device.type == "cpu":
+                    refuse_bad(bad, steps[-1])
+                if settle is None:
+                    continue
                 if before is not None and (x - before).abs().max() <= settle:
                     found |= {later: x for later in steps if later > s}
                     break
@@ -245,33 +326,50 @@ def at_steps(model, n: int, steps=(1, 2, 5, 20, 100), seed: int = 0, label=None,
     return out
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-027b
-def sample(model, n: int, steps: int = 1, seed: int = 0, label=None, batch_size: int | None = None, start: int = 0,
-           shape=None, clamp: bool = True, precision: str = "float32") -> torch.Tensor:
+def sample(
+    model,
+    n: int,
+    steps: int = 1,
+    seed: int = 0,
+    label=None,
+    batch_size: int | None = None,
+    start: int = 0,
+    shape=None,
+    clamp: bool = True,
+    precision: str = "float32",
+) -> torch.Tensor:
     """n images after `steps` steps of algorithm 2, [n, *shape] on the CPU, in [-1, 1] (clamp=False: as the model gives them); see `at_steps`.
 
     Algorithm 2 whatever the model is: one that is meant for another sampler (`model.sampler`) is sampled with it by `dddm.objectives.generate`.
     """
     check_count("steps", steps)
-    return at_steps(model, n, (steps,), seed, label, batch_size, start, shape, clamp, precision=precision)[steps]
+    return at_steps(model, n, (steps,), seed, label, batch_size, start, shape, clamp, precision=precision)[
+        steps
+    ]
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-031
 def eight_bits(images: torch.Tensor) -> torch.Tensor:
     "Values in [-1, 1] (cut to it), of any shape, as uint8 from 0 to 255, on the CPU."
     return ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
+
 def grid(images: torch.Tensor, columns: int | None = None, scale: int = 1) -> np.ndarray:
     """Images [n, C, H, W] in [-1, 1] (cut to it), C = 1 or 3, as one picture: uint8 [height, width, 3], row by row.
 
     columns: images in a row (None: about as many as rows); scale: pixels a side for each pixel. Raises `ValueError` for other shapes or non-finite values.
     """
-    from torchvision.utils import make_grid                        # here, because it takes seconds, and only pictures need it
+    from torchvision.utils import make_grid  # here, because it takes seconds, and only pictures need it
+
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"images has shape {tuple(images.shape)}; expected (n, 1 or 3, H, W) with n >= 1")
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    check_count("columns", columns); check_count("scale", scale); check_finite("images", images)
+    check_count("columns", columns)
+    check_count("scale", scale)
+    check_finite("images", images)
     pixels = eight_bits(images)
     pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     return make_grid(pixels, nrow=columns, padding=scale, pad_value=127).permute(1, 2, 0).numpy()
+
 
 def save_grid(images: torch.Tensor, path, columns: int | None = None, scale: int = 1) -> None:
     "`grid` as an image file; the suffix of `path` (.png) says the format."
@@ -283,26 +381,54 @@ def show_rows(rows: dict, columns: int, width: float = 7) -> None:
 
     Raises `ValueError` if there are no rows, and as `grid` does."""
     import matplotlib.pyplot as plt
-    if not rows: raise ValueError("no rows to show")
+
+    if not rows:
+        raise ValueError("no rows to show")
     pictures = {name: grid(x, columns=columns) for name, x in rows.items()}
     heights = [width * p.shape[0] / p.shape[1] for p in pictures.values()]
-    fig, axes = plt.subplots(len(rows), 1, figsize=(width + 0.075 * max(map(len, rows)), sum(heights) + 0.08 * len(rows)), dpi=72, squeeze=False, height_ratios=heights)
+    fig, axes = plt.subplots(
+        len(rows),
+        1,
+        figsize=(width + 0.075 * max(map(len, rows)), sum(heights) + 0.08 * len(rows)),
+        dpi=72,
+        squeeze=False,
+        height_ratios=heights,
+    )
     for ax, (name, picture) in zip(axes[:, 0], pictures.items()):
-        ax.imshow(picture, interpolation="nearest"); ax.set(xticks=[], yticks=[]); ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    fig.tight_layout(); plt.show()
+        ax.imshow(picture, interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+    fig.tight_layout()
+    plt.show()
+
 
 def keep_images(rows: dict, path) -> None:
     "Write {name: images [n, C, H, W] in [-1, 1] (cut to it), all of one C, H, W} to a JSON file, in 8 bits a value: whole, or not at all. Raises `ValueError` for other rows."
     shapes = {tuple(x.shape[1:]) for x in rows.values()}
-    if len(shapes) != 1: raise ValueError(f"the rows have images of the shapes {sorted(shapes)}; expected one, (C, H, W)")
-    for name, x in rows.items(): check_finite(f"row {name!r}", x)
-    packed = {name: base64.b64encode(zlib.compress(eight_bits(x).numpy().tobytes(), 9)).decode() for name, x in rows.items()}
+    if len(shapes) != 1:
+        raise ValueError(f"the rows have images of the shapes {sorted(shapes)}; expected one, (C, H, W)")
+    for name, x in rows.items():
+        check_finite(f"row {name!r}", x)
+    packed = {
+        name: base64.b64encode(zlib.compress(eight_bits(x).numpy().tobytes(), 9)).decode()
+        for name, x in rows.items()
+    }
     part = Path(f"{path}.part")
-    part.write_text(json.dumps(dict(shape=shapes.pop(), rows=packed), indent=0)); part.replace(path)
+    part.write_text(json.dumps(dict(shape=shapes.pop(), rows=packed), indent=0))
+    part.replace(path)
+
 
 def kept_images(path) -> dict[str, torch.Tensor]:
     "The rows that `keep_images` wrote, in [-1, 1], each value within 1/255 of what it was. Raises `ValueError` for a file of another kind."
     try:
         found = json.loads(Path(path).read_text())
-        return {name: torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8).reshape(-1, *found["shape"]) / 127.5 - 1 for name, text in found["rows"].items()}
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, zlib.error) as e: raise ValueError(f"{path} is not a file of images that keep_images wrote: {e}") from e
+        return {
+            name: torch.frombuffer(
+                bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8
+            ).reshape(-1, *found["shape"])
+            / 127.5
+            - 1
+            for name, text in found["rows"].items()
+        }
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, zlib.error) as e:
+        raise ValueError(f"{path} is not a file of images that keep_images wrote: {e}") from e

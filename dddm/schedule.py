@@ -8,6 +8,7 @@ __all__ = ['linear_betas', 'check_finite', 'VPSchedule']
 # %% ../nbs/00_schedule.ipynb #00-schedule-003
 import math
 import numbers
+
 import torch
 
 # %% ../nbs/00_schedule.ipynb #00-schedule-006
@@ -18,11 +19,18 @@ def linear_betas(T: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -
     a single step (T = 1) has the rate beta_max. Raises `ValueError` unless T >= 1 and 0 <= beta_min <= beta_max < T.
     """
     for name, v in (("T", T), ("beta_min", beta_min), ("beta_max", beta_max)):
-        if not isinstance(v, numbers.Real): raise ValueError(f"{name}={v!r}: it must be a number")
-    if not math.isfinite(T) or int(T) != T or T < 1: raise ValueError(f"T={T}: the number of steps must be an integer >= 1")
+        if not isinstance(v, numbers.Real):
+            raise ValueError(f"{name}={v!r}: it must be a number")
+    if not math.isfinite(T) or int(T) != T or T < 1:
+        raise ValueError(f"T={T}: the number of steps must be an integer >= 1")
     if not (math.isfinite(beta_min) and math.isfinite(beta_max) and 0 <= beta_min <= beta_max):
-        raise ValueError(f"beta_min={beta_min}, beta_max={beta_max}: need 0 <= beta_min <= beta_max, both finite")
-    if beta_max >= T: raise ValueError(f"beta_max={beta_max}, T={T}: need beta_max < T, because beta_T = beta_max/T must be below 1; raise T")
+        raise ValueError(
+            f"beta_min={beta_min}, beta_max={beta_max}: need 0 <= beta_min <= beta_max, both finite"
+        )
+    if beta_max >= T:
+        raise ValueError(
+            f"beta_max={beta_max}, T={T}: need beta_max < T, because beta_T = beta_max/T must be below 1; raise T"
+        )
     T = int(T)
     ramp = torch.linspace(0, 1, T, dtype=torch.float64) if T > 1 else torch.ones(1, dtype=torch.float64)
     return torch.cat([torch.zeros(1, dtype=torch.float64), (beta_min + ramp * (beta_max - beta_min)) / T])
@@ -34,8 +42,9 @@ def check_finite(name: str, x: torch.Tensor) -> None:
     On the CPU only: elsewhere the answer would make every call wait for the device, and in a compiled graph it would
     break the graph. The sampler and the trainer check what comes out.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel(): return
-    if not torch.stack(torch.aminmax(x.detach())).isfinite().all():       # one pass: both extremes pass a NaN on
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel():
+        return
+    if not torch.stack(torch.aminmax(x.detach())).isfinite().all():  # one pass: both extremes pass a NaN on
         raise ValueError(f"{name} has non-finite values; every entry must be finite")
 
 # %% ../nbs/00_schedule.ipynb #00-schedule-019
@@ -45,13 +54,15 @@ class VPSchedule:
     `betas` ($\beta_t$, see `linear_betas`) and `alphas_bar` ($\bar\alpha_t = \prod_{s \le t} (1-\beta_s)$): float64 [T+1] on the CPU,
     `betas[0] = 0`, `alphas_bar[0] = 1`. Raises `ValueError` unless T >= 1 and 0 <= beta_min <= beta_max < T.
     """
+
     def __init__(self, T: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0):
         self.betas = linear_betas(T, beta_min, beta_max)
         self.alphas_bar = torch.cumprod(1 - self.betas, 0)
         self.T, self.beta_min, self.beta_max = int(T), float(beta_min), float(beta_max)
         self._tables = {}
 
-    def __repr__(self): return f"VPSchedule(T={self.T}, beta_min={self.beta_min:g}, beta_max={self.beta_max:g})"
+    def __repr__(self):
+        return f"VPSchedule(T={self.T}, beta_min={self.beta_min:g}, beta_max={self.beta_max:g})"
 
     def check_t(self, t: torch.Tensor, batch: int) -> torch.Tensor:
         """Return `t` as a long tensor [batch].
@@ -62,20 +73,26 @@ class VPSchedule:
         t = torch.as_tensor(t)
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise ValueError(f"t has dtype {t.dtype}; it must be an integer tensor")
-        if t.ndim == 0: t = t.expand(batch)
+        if t.ndim == 0:
+            t = t.expand(batch)
         if t.shape != (batch,):
             raise ValueError(f"t has shape {tuple(t.shape)}; expected ({batch},), one step for each sample")
         look = batch and t.device.type == "cpu" and not torch.compiler.is_compiling()
         if look and (t.min() < 0 or t.max() > self.T):
-            raise ValueError(f"t ranges over {t.min().item()}..{t.max().item()}; it must stay in 0..T={self.T}")
+            raise ValueError(
+                f"t ranges over {t.min().item()}..{t.max().item()}; it must stay in 0..T={self.T}"
+            )
         return t.long()
 
     def tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         r"$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for every t, [T+1], on `like`'s device and in its dtype; made once for each."
         key = str(like.device), like.dtype
         if key not in self._tables:
-            exact = self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()      # cast before the move: MPS has no float64
-            with torch.inference_mode(False):                                 # they serve training, too
+            exact = (
+                self.alphas_bar.sqrt(),
+                (1 - self.alphas_bar).sqrt(),
+            )  # cast before the move: MPS has no float64
+            with torch.inference_mode(False):  # they serve training, too
                 self._tables[key] = tuple(v.to(like.dtype).to(like.device) for v in exact)
         return self._tables[key]
 
@@ -90,9 +107,17 @@ class VPSchedule:
         x0, noise: floats [B, …] of equal shape and type; t long [B] in 0..T (or one integer). Returns x_t, shaped and typed like x0.
         Raises `ValueError` on mismatched shapes or types, integers, t out of range, or non-finite values.
         """
-        if x0.shape != noise.shape or x0.ndim == 0: raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}; both must be [B, …] and equal")
-        if not x0.is_floating_point(): raise ValueError(f"x0 has dtype {x0.dtype}; it must be floating point (images in [-1, 1])")
-        if noise.dtype != x0.dtype: raise ValueError(f"noise has dtype {noise.dtype}, x0 {x0.dtype}; both must be the same, so that x_t is too")
-        check_finite("x0", x0); check_finite("noise", noise)
+        if x0.shape != noise.shape or x0.ndim == 0:
+            raise ValueError(
+                f"noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}; both must be [B, …] and equal"
+            )
+        if not x0.is_floating_point():
+            raise ValueError(f"x0 has dtype {x0.dtype}; it must be floating point (images in [-1, 1])")
+        if noise.dtype != x0.dtype:
+            raise ValueError(
+                f"noise has dtype {noise.dtype}, x0 {x0.dtype}; both must be the same, so that x_t is too"
+            )
+        check_finite("x0", x0)
+        check_finite("noise", noise)
         a, b = self.signal_noise(t, x0)
         return a * x0 + b * noise

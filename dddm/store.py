@@ -16,13 +16,16 @@ import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
 import numpy as np
 import psutil
 import torch
 from fastcore.basics import patch
 
-try: import fcntl
-except ImportError: fcntl = None                                     # Windows
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows
 
 # %% ../nbs/06_store.ipynb #06-store-008
 def seeded_normal(seed: int, index, shape, stream: int = 0) -> torch.Tensor:
@@ -34,7 +37,8 @@ def seeded_normal(seed: int, index, shape, stream: int = 0) -> torch.Tensor:
     """
     rows = torch.as_tensor(index if isinstance(index, torch.Tensor) else list(index)).tolist()
     for name, low in ("seed", seed), ("stream", stream), ("index", min(rows, default=0)):
-        if int(low) != low or not 0 <= low < 2 ** 63: raise ValueError(f"{name}={low}: must be an integer in 0..2^63-1")
+        if int(low) != low or not 0 <= low < 2**63:
+            raise ValueError(f"{name}={low}: must be an integer in 0..2^63-1")
     out = np.empty((len(rows), math.prod(shape)), np.float32)
 
     def fill(part: slice):
@@ -43,7 +47,7 @@ def seeded_normal(seed: int, index, shape, stream: int = 0) -> torch.Tensor:
         start["state"]["counter"][:] = 0, 0, 0, stream
         for noise, row in zip(out[part], rows[part]):
             start["state"]["key"][:] = seed, row
-            philox.state = start                      # far cheaper than building a generator for each row
+            philox.state = start  # far cheaper than building a generator for each row
             generator.standard_normal(out=noise, dtype=np.float32)
 
     workers = min(torch.get_num_threads(), 1 + out.size // 2**18)
@@ -51,15 +55,23 @@ def seeded_normal(seed: int, index, shape, stream: int = 0) -> torch.Tensor:
     if workers == 1:
         fill(parts[0])
     else:
-        with ThreadPoolExecutor(workers) as pool: list(pool.map(fill, parts))
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(fill, parts))
     return torch.from_numpy(out).reshape(-1, *shape)
 
 # %% ../nbs/06_store.ipynb #06-store-012
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "uint8": torch.uint8}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "uint8": torch.uint8,
+}
+
 
 def encode(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     "Round `x` to `dtype` for keeping. uint8: clip to [-1, 1], then the nearest of 256 levels, $u = round(127.5 (x + 1))$."
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(dtype) if dtype == torch.uint8 else x.to(dtype)
+
 
 def decode(kept: torch.Tensor) -> torch.Tensor:
     "What `encode` kept, as float32; uint8 u is $u / 127.5 - 1$."
@@ -68,20 +80,29 @@ def decode(kept: torch.Tensor) -> torch.Tensor:
 # %% ../nbs/06_store.ipynb #06-store-012c
 def to_device(x: torch.Tensor, device) -> torch.Tensor:
     "x on `device`; from the CPU to a GPU by way of pinned memory, so that nothing waits. Any other copy is a plain one."
-    if torch.device(device).type != "cuda" or x.device.type != "cpu": return x.to(device)
+    if torch.device(device).type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
 
 def queued(device):
     "A function that waits until what is queued on `device` now is done; on a CPU, where nothing is queued, it returns at once."
-    if torch.device(device).type != "cuda": return lambda: None
+    if torch.device(device).type != "cuda":
+        return lambda: None
     return torch.cuda.current_stream(device).record_event().synchronize
 
 # %% ../nbs/06_store.ipynb #06-store-022
 def allocate(rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     "The same two uint8 tensors in memory: zeros that the CPU's allocator hands out as they are touched. `MemoryError` where they cannot fit."
     if device.type == "cpu" and size > (free := psutil.virtual_memory().available):
-        raise MemoryError(f"the estimate store needs {size/1e9:.2f} GB and {free/1e9:.2f} GB of memory are free; give path= to keep it in a file, or a smaller dtype")
-    data = torch.from_numpy(np.zeros(size, np.uint8)) if device.type == "cpu" else torch.zeros(size, dtype=torch.uint8, device=device)
+        raise MemoryError(
+            f"the estimate store needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB of memory are free; give path= to keep it in a file, or a smaller dtype"
+        )
+    data = (
+        torch.from_numpy(np.zeros(size, np.uint8))
+        if device.type == "cpu"
+        else torch.zeros(size, dtype=torch.uint8, device=device)
+    )
     return torch.zeros(rows, dtype=torch.uint8), data
 
 # %% ../nbs/06_store.ipynb #06-store-022c
@@ -93,38 +114,50 @@ def whole_file(path):
     writes it (safetensors) would keep it to its owner.
     """
     path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")    # PIL reads the suffix
+    part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")  # PIL reads the suffix
     try:
         part.touch()
         mode = part.stat().st_mode & 0o777
         yield part
         part.chmod(mode)
-        with open(part, "r+b") as f: os.fsync(f.fileno())
+        with open(part, "r+b") as f:
+            os.fsync(f.fileno())
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
 
 # %% ../nbs/06_store.ipynb #06-store-024
 PAGE, FORMAT = 4096, "dddm-store-1"
+
 
 def page(about: dict) -> bytes:
     "The first page of a store file: JSON, filled up with spaces."
     return json.dumps(about).encode().ljust(PAGE)
 
+
 def read_page(path: Path) -> dict:
     "What the first page of a store file says; `ValueError` where it is none."
-    with open(path, "rb") as f: found = f.read(PAGE)
-    try: about = json.loads(found)
-    except ValueError: about = None
+    with open(path, "rb") as f:
+        found = f.read(PAGE)
+    try:
+        about = json.loads(found)
+    except ValueError:
+        about = None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"path={path} is not an estimate store; choose another path")
     return about
 
+
 def take_name(part: Path, path: Path) -> None:
     "Give the finished file `part` the name `path`, unless another process was faster."
-    try: os.link(part, path)                          # unlike a rename it never takes a name away
-    except FileExistsError: pass
-    except OSError: os.replace(part, path)            # a disk without links
+    try:
+        os.link(part, path)  # unlike a rename it never takes a name away
+    except FileExistsError:
+        pass
+    except OSError:
+        os.replace(part, path)  # a disk without links
     part.unlink(missing_ok=True)
+
 
 def map_file(path, header: dict, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Open the store file at `path`, or create it, and map it: uint8 tensors `written` [rows] and `rows` [size].
@@ -137,9 +170,13 @@ def map_file(path, header: dict, size: int) -> tuple[torch.Tensor, torch.Tensor]
     offset = PAGE + -(-rows // PAGE) * PAGE
     held = path.stat().st_blocks * 512 if path.exists() and hasattr(path.stat(), "st_blocks") else 0
     free = shutil.disk_usage(path.absolute().parent).free
-    if free + held < size:       # a mapped write to a full disk kills the process, so it has to be known before
-        raise OSError(errno.ENOSPC, f"the estimate store needs {size/1e9:.2f} GB and the disk has {free/1e9:.2f} GB free; "
-                                    "choose another path or a smaller dtype", str(path))
+    if free + held < size:  # a mapped write to a full disk kills the process, so it has to be known before
+        raise OSError(
+            errno.ENOSPC,
+            f"the estimate store needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
+            "choose another path or a smaller dtype",
+            str(path),
+        )
     if not path.exists():
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         with open(part, "wb") as f:
@@ -151,12 +188,16 @@ def map_file(path, header: dict, size: int) -> tuple[torch.Tensor, torch.Tensor]
     found = read_page(path)
     found.pop("owner", None)
     if found != {"format": FORMAT, **header}:
-        raise ValueError(f"path={path} holds another store: it says {found}, asked for is {header}; "
-                         "choose another path or remove the file")
+        raise ValueError(
+            f"path={path} holds another store: it says {found}, asked for is {header}; "
+            "choose another path or remove the file"
+        )
     if path.stat().st_size != offset + size:
-        raise ValueError(f"path={path} is {path.stat().st_size} bytes long and should be {offset + size}: it was cut short; remove the file")
+        raise ValueError(
+            f"path={path} is {path.stat().st_size} bytes long and should be {offset + size}: it was cut short; remove the file"
+        )
     data = np.memmap(path, np.uint8, "r+")
-    return torch.from_numpy(data[PAGE:PAGE + rows]), torch.from_numpy(data[offset:])
+    return torch.from_numpy(data[PAGE : PAGE + rows]), torch.from_numpy(data[offset:])
 
 # %% ../nbs/06_store.ipynb #06-store-026
 class EstimateStore:
@@ -167,27 +208,58 @@ class EstimateStore:
     live and where `read` answers; a file's is the CPU. seed: row i, until it is first written, reads as `seeded_normal(seed, i)`.
     share = (rank, world): hold only the rows i with i % world = rank; `read` and `write` still take the sample's own number i.
     """
-    def __init__(self, n: int, shape, dtype=torch.float16, path=None, device="cpu", seed: int = 0, share=(0, 1)):
-        self.n, self.shape, self.seed, self.path, self.device = int(n), tuple(shape), seed, path, torch.device(device)
+
+    def __init__(
+        self, n: int, shape, dtype=torch.float16, path=None, device="cpu", seed: int = 0, share=(0, 1)
+    ):
+        self.n, self.shape, self.seed, self.path, self.device = (
+            int(n),
+            tuple(shape),
+            seed,
+            path,
+            torch.device(device),
+        )
         self.rank, self.world = share
         self.dtype = DTYPES.get(dtype, dtype)
-        if self.n < 1 or self.n != n: raise ValueError(f"n={n}: the number of samples must be an integer >= 1")
-        if not self.shape or min(self.shape) < 1: raise ValueError(f"shape={self.shape}: every side must be >= 1")
-        if self.dtype not in DTYPES.values(): raise ValueError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
-        if not 0 <= self.rank < self.world <= self.n: raise ValueError(f"share={share}: need 0 <= rank < world <= n={self.n}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2 ** 63: raise ValueError(f"seed={seed!r}: must be an integer in 0..2^63-1")
-        if path is not None and Path(path).is_dir(): raise ValueError(f"path={path} is a folder; give the name of a file")
-        if path is not None and not (folder := Path(path).absolute().parent).is_dir(): raise FileNotFoundError(f"path={path}: there is no folder {folder}; make it first")
-        if path is not None and self.device.type != "cpu": raise ValueError(f"path={path}, device={device}: a file is read through the CPU; drop one of the two")
+        if self.n < 1 or self.n != n:
+            raise ValueError(f"n={n}: the number of samples must be an integer >= 1")
+        if not self.shape or min(self.shape) < 1:
+            raise ValueError(f"shape={self.shape}: every side must be >= 1")
+        if self.dtype not in DTYPES.values():
+            raise ValueError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
+        if not 0 <= self.rank < self.world <= self.n:
+            raise ValueError(f"share={share}: need 0 <= rank < world <= n={self.n}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed={seed!r}: must be an integer in 0..2^63-1")
+        if path is not None and Path(path).is_dir():
+            raise ValueError(f"path={path} is a folder; give the name of a file")
+        if path is not None and not (folder := Path(path).absolute().parent).is_dir():
+            raise FileNotFoundError(f"path={path}: there is no folder {folder}; make it first")
+        if path is not None and self.device.type != "cpu":
+            raise ValueError(
+                f"path={path}, device={device}: a file is read through the CPU; drop one of the two"
+            )
         rows = len(range(self.rank, self.n, self.world))
-        self.header = dict(n=self.n, shape=list(self.shape), dtype=str(self.dtype).removeprefix("torch."), seed=seed, share=[self.rank, self.world], rows=rows)
+        self.header = dict(
+            n=self.n,
+            shape=list(self.shape),
+            dtype=str(self.dtype).removeprefix("torch."),
+            seed=seed,
+            share=[self.rank, self.world],
+            rows=rows,
+        )
         size = rows * math.prod(self.shape) * self.dtype.itemsize
-        written, data = allocate(rows, size, self.device) if path is None else map_file(path, self.header, size)
+        written, data = (
+            allocate(rows, size, self.device) if path is None else map_file(path, self.header, size)
+        )
         self.written, self.rows = written.view(torch.bool), data.view(self.dtype).view(rows, *self.shape)
         self.unwritten = rows - int(self.written.sum())
 
-    def __len__(self): return self.n
-    def __repr__(self): return f"EstimateStore({self.header}, {self.path or self.device}, {self.nbytes/1e6:.1f} MB, {self.unwritten} rows unwritten)"
+    def __len__(self):
+        return self.n
+
+    def __repr__(self):
+        return f"EstimateStore({self.header}, {self.path or self.device}, {self.nbytes / 1e6:.1f} MB, {self.unwritten} rows unwritten)"
 
     @property
     def nbytes(self) -> int:
@@ -196,10 +268,19 @@ class EstimateStore:
 
     def locate(self, index: torch.Tensor) -> torch.Tensor:
         "The places of samples `index` [B] in `rows`, on the CPU; `ValueError` on a sample out of range or of another share."
-        index = torch.as_tensor(index).cpu()                         # give it on the CPU: from a GPU this waits
-        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32): raise ValueError(f"index has shape {tuple(index.shape)} and dtype {index.dtype}; expected [B], integers")
-        if len(index) and (index.min() < 0 or index.max() >= self.n): raise ValueError(f"index ranges over {index.min().item()}..{index.max().item()}; it must stay in 0..{self.n - 1}")
-        if (index % self.world != self.rank).any(): raise ValueError(f"index has samples of another share; rank {self.rank} of {self.world} holds i with i % {self.world} = {self.rank}")
+        index = torch.as_tensor(index).cpu()  # give it on the CPU: from a GPU this waits
+        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"index has shape {tuple(index.shape)} and dtype {index.dtype}; expected [B], integers"
+            )
+        if len(index) and (index.min() < 0 or index.max() >= self.n):
+            raise ValueError(
+                f"index ranges over {index.min().item()}..{index.max().item()}; it must stay in 0..{self.n - 1}"
+            )
+        if (index % self.world != self.rank).any():
+            raise ValueError(
+                f"index has samples of another share; rank {self.rank} of {self.world} holds i with i % {self.world} = {self.rank}"
+            )
         return index.long() // self.world
 
 # %% ../nbs/06_store.ipynb #06-store-028
@@ -231,17 +312,21 @@ def write(self: EstimateStore, index: torch.Tensor, x: torch.Tensor) -> torch.Te
     kept = encode(x, self.dtype)
     checked = x if self.dtype == torch.uint8 else kept
     # the sum is a cheap alarm (it may also overflow by itself); only then is the row looked for
-    finite = checked.sum(dtype=torch.float32).isfinite() if self.device.type == "cpu" else checked.isfinite().all()
+    finite = (
+        checked.sum(dtype=torch.float32).isfinite() if self.device.type == "cpu" else checked.isfinite().all()
+    )
     if self.device.type == "cpu" and not finite:
         if (bad := ~torch.isfinite(checked).flatten(1).all(1)).any():
             i = bad.nonzero()[0, 0].item()
-            raise ValueError(f"x has a value that {self.header['dtype']} cannot hold, first in sample {int(torch.as_tensor(index)[i])}: "
-                             f"the largest magnitude there is {x[i].abs().max().item():g}; training has diverged, or needs another dtype")
+            raise ValueError(
+                f"x has a value that {self.header['dtype']} cannot hold, first in sample {int(torch.as_tensor(index)[i])}: "
+                f"the largest magnitude there is {x[i].abs().max().item():g}; training has diverged, or needs another dtype"
+            )
         finite = torch.ones_like(finite)
     self.rows[to_device(place, self.device)] = kept
     if self.unwritten:
         self.unwritten -= int((~self.written[place]).sum())
-        self.written[place] = True              # after the rows: a kill between the two leaves noise, not half an image
+        self.written[place] = True  # after the rows: a kill between the two leaves noise, not half an image
     return finite
 
 # %% ../nbs/06_store.ipynb #06-store-034
@@ -250,17 +335,22 @@ def state_dict(self: EstimateStore) -> dict:
     "`rows` and `written`, not copies but the live tensors, and `header`: all that `load_state_dict` needs."
     return {"header": self.header, "rows": self.rows, "written": self.written}
 
+
 @patch
 def load_state_dict(self: EstimateStore, state: dict) -> None:
     "Copy a `state_dict` in; `ValueError` where its header is not this store's."
-    if state["header"] != self.header: raise ValueError(f"the state is of the store {state['header']}, this one is {self.header}")
-    self.rows.copy_(state["rows"]); self.written.copy_(state["written"])
+    if state["header"] != self.header:
+        raise ValueError(f"the state is of the store {state['header']}, this one is {self.header}")
+    self.rows.copy_(state["rows"])
+    self.written.copy_(state["written"])
     self.unwritten = len(self.written) - int(self.written.sum())
+
 
 @patch
 def clear(self: EstimateStore) -> None:
     "Back to the start: every row unwritten. A new run on the file that an abandoned one left needs it."
-    self.written.zero_(); self.unwritten = len(self.written)
+    self.written.zero_()
+    self.unwritten = len(self.written)
 
 # %% ../nbs/06_store.ipynb #06-store-034c
 def lock(file, refusal: str) -> None:
@@ -269,24 +359,31 @@ def lock(file, refusal: str) -> None:
     `FileExistsError(refusal)` where another process has locked it; a warning where there are no locks.
     """
     try:
-        if fcntl is None: raise OSError("this system has no flock")
+        if fcntl is None:
+            raise OSError("this system has no flock")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise FileExistsError(refusal) from None
     except OSError as e:
         warnings.warn(f"{file.name} cannot be locked ({e}): make sure that no other process uses it")
 
+
 @patch
 def reserve(self: EstimateStore) -> None:
     "Take the disk space of all rows now, where the system can. `OSError` where the disk is too small."
-    if not hasattr(os, "posix_fallocate"): return
+    if not hasattr(os, "posix_fallocate"):
+        return
     try:
-        with open(self.path, "r+b") as f: os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+        with open(self.path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
     except OSError as e:
-        if e.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS): return
-        if self.unwritten == len(self.written): Path(self.path).unlink()      # no row is lost
-        what = f"the estimate store needs {self.nbytes/1e9:.2f} GB and cannot have them ({e.strerror}); "
+        if e.errno in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            return
+        if self.unwritten == len(self.written):
+            Path(self.path).unlink()  # no row is lost
+        what = f"the estimate store needs {self.nbytes / 1e9:.2f} GB and cannot have them ({e.strerror}); "
         raise OSError(e.errno, what + "free some space or choose another path", str(self.path)) from e
+
 
 @patch
 @contextlib.contextmanager
@@ -301,8 +398,11 @@ def owned(self: EstimateStore, run: str, directory: str):
         yield
         return
     with open(self.path, "r+b") as file:
-        lock(file, f"the store file {self.path} is in use by another process: "
-                   "wait for it, stop it, or give this run another store_path")
+        lock(
+            file,
+            f"the store file {self.path} is in use by another process: "
+            "wait for it, stop it, or give this run another store_path",
+        )
         about, me = read_page(self.path), {"run": run, "directory": directory[-300:]}
         owner = about.get("owner", me)
         if isinstance(owner, dict) and all(owner.get(k) != me[k] for k in me):

@@ -34,8 +34,8 @@ import time
 import typing
 import uuid
 import warnings
-from dataclasses import dataclass, field
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -53,19 +53,47 @@ from . import data as images
 from .features import trunk
 from .losses import distance, refuse_unknown
 from .model import DDDM
-from .objectives import OBJECTIVES, RUNGS, Part, assemble, estimate_of, generate, needs_store, sampler_of, with_levels
+from dddm.objectives import (
+    OBJECTIVES,
+    RUNGS,
+    Part,
+    assemble,
+    estimate_of,
+    generate,
+    needs_store,
+    sampler_of,
+    with_levels,
+)
 from .sampling import has_bfloat16, save_grid
 from .schedule import VPSchedule
 from .store import EstimateStore, lock, queued, to_device, whole_file
 from .unet import UNet, seed_dropout
 
 # %% ../nbs/09_training.ipynb #09-training-005
-CHOICES = dict(objective=tuple(OBJECTIVES), rungs=RUNGS, on_error=("stop", "skip"), precision=("auto", "float32", "bfloat16"), device=("auto", "cpu"), tracker=("tensorboard", "wandb"),
-               store_dtype=("float32", "float16", "bfloat16", "uint8"))
+CHOICES = dict(
+    objective=tuple(OBJECTIVES),
+    rungs=RUNGS,
+    on_error=("stop", "skip"),
+    precision=("auto", "float32", "bfloat16"),
+    device=("auto", "cpu"),
+    tracker=("tensorboard", "wandb"),
+    store_dtype=("float32", "float16", "bfloat16", "uint8"),
+)
 NET_FIELDS = tuple(k for k in inspect.signature(UNet).parameters if k not in ("shape", "classes"))
-MACHINE = ("device", "micro_batch", "compile", "recompute", "tracker", "log_every", "checkpoint_every", "sample_every",
-           "data_path", "download", "on_error")
-RESUMABLE = ("epochs", "sampler", "store_path", *MACHINE)         # may differ when a run goes on
+MACHINE = (
+    "device",
+    "micro_batch",
+    "compile",
+    "recompute",
+    "tracker",
+    "log_every",
+    "checkpoint_every",
+    "sample_every",
+    "data_path",
+    "download",
+    "on_error",
+)
+RESUMABLE = ("epochs", "sampler", "store_path", *MACHINE)  # may differ when a run goes on
 
 # %% ../nbs/09_training.ipynb #09-training-007
 @dataclass
@@ -78,6 +106,7 @@ class TrainConfig:
     flip: mirror images at random. store_dtype, store_path: the estimate store's number format; a file to hold it, or None for memory. seed: every random draw follows from it.
     micro_batch: most samples in one pass of one device; None is the whole share, on a GPU as much of it as fits into free memory. precision: "float32" (TF32 on a GPU), "bfloat16" (autocast) or "auto", see `step_dtype`. compile: make the objective one compiled graph; None compiles on a GPU where that is as good as eager and faster, see `try_passes`. recompute: keep less of a pass in memory and compute it twice, see `dddm.unet.UNet`. device: "cpu", or "auto", which is CUDA where there is a GPU. tracker: "tensorboard" or "wandb", to which the history goes, too. log_every, checkpoint_every, sample_every: in steps (sample_every 0: no grids).
     """
+
     data: str = "digits"
     data_path: str | None = None
     download: bool = False
@@ -119,9 +148,11 @@ class TrainConfig:
     sample_every: int = 1000
 
     def __post_init__(self):
-        for name in ("shape", "levels"):                                           # JSON and YAML have lists
-            if isinstance(getattr(self, name), list): setattr(self, name, tuple(getattr(self, name)))
-        if isinstance(self.net, dict): self.net = {k: tuple(v) if isinstance(v, list) else v for k, v in self.net.items()}
+        for name in ("shape", "levels"):  # JSON and YAML have lists
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
+        if isinstance(self.net, dict):
+            self.net = {k: tuple(v) if isinstance(v, list) else v for k, v in self.net.items()}
         check_config(self)
 
 # %% ../nbs/09_training.ipynb #09-training-009
@@ -130,26 +161,54 @@ def has_type(value, annotation) -> bool:
     kinds = typing.get_args(annotation) or (annotation,)
     return type(value) in kinds or (float in kinds and type(value) is int)
 
+
 def check_config(config: TrainConfig) -> None:
     "Raise `ValueError` for a field whose type or value no run could use."
+
     def need(ok, name, what):
-        if not ok: raise ValueError(f"{name}={getattr(config, name)!r}: {what}")
+        if not ok:
+            raise ValueError(f"{name}={getattr(config, name)!r}: {what}")
+
     for name, annotation in typing.get_type_hints(TrainConfig).items():
         hint = " (YAML reads 2e-4 as text: write 2.0e-4)" if annotation is float else ""
-        need(has_type(getattr(config, name), annotation), name, f"must be of type {getattr(annotation, '__name__', annotation)}{hint}")
-    for name in ("epochs", "batch", "log_every", "checkpoint_every"): need(getattr(config, name) >= 1, name, "must be at least 1")
-    need(config.sample_every >= 0, "sample_every", "must be at least 0"); need(0 <= config.seed < 2 ** 63, "seed", "must be in 0..2^63-1")
-    for name in ("micro_batch", "classes"): need(getattr(config, name) is None or getattr(config, name) >= 1, name, "must be None or at least 1")
-    need(len(config.shape) == 3 and all(type(n) is int and n >= 1 for n in config.shape), "shape", "must be (channels, height, width)")
+        need(
+            has_type(getattr(config, name), annotation),
+            name,
+            f"must be of type {getattr(annotation, '__name__', annotation)}{hint}",
+        )
+    for name in ("epochs", "batch", "log_every", "checkpoint_every"):
+        need(getattr(config, name) >= 1, name, "must be at least 1")
+    need(config.sample_every >= 0, "sample_every", "must be at least 0")
+    need(0 <= config.seed < 2**63, "seed", "must be in 0..2^63-1")
+    for name in ("micro_batch", "classes"):
+        need(getattr(config, name) is None or getattr(config, name) >= 1, name, "must be None or at least 1")
+    need(
+        len(config.shape) == 3 and all(type(n) is int and n >= 1 for n in config.shape),
+        "shape",
+        "must be (channels, height, width)",
+    )
     need(math.isfinite(config.lr) and config.lr > 0, "lr", "must be a positive number")
     need(0 <= config.lr_decay <= 1, "lr_decay", "must be in [0, 1]")
     need(0 <= config.ema < 1, "ema", "must be in [0, 1)")
-    for name in config.net: refuse_unknown("argument of the network", name, NET_FIELDS)
-    need(len(config.levels) == 2 and all(type(n) is int for n in config.levels) and 2 <= config.levels[0] <= config.levels[1], "levels", "must be (fewest, most), whole numbers from 2")
+    for name in config.net:
+        refuse_unknown("argument of the network", name, NET_FIELDS)
+    need(
+        len(config.levels) == 2
+        and all(type(n) is int for n in config.levels)
+        and 2 <= config.levels[0] <= config.levels[1],
+        "levels",
+        "must be (fewest, most), whole numbers from 2",
+    )
     for name, known in CHOICES.items():
-        if getattr(config, name) is not None: refuse_unknown(name, getattr(config, name), known)
-    estimate_of(config.objective, config.estimate); sampler_of(config.objective, config.sampler)
-    need(not (config.drop_last and needs_store(config.objective, config.estimate)), "drop_last", f"objective {config.objective!r} keeps a store, whose every row must be written in every epoch")
+        if getattr(config, name) is not None:
+            refuse_unknown(name, getattr(config, name), known)
+    estimate_of(config.objective, config.estimate)
+    sampler_of(config.objective, config.sampler)
+    need(
+        not (config.drop_last and needs_store(config.objective, config.estimate)),
+        "drop_last",
+        f"objective {config.objective!r} keeps a store, whose every row must be written in every epoch",
+    )
     VPSchedule(config.T, config.beta_min, config.beta_max)
 
 # %% ../nbs/09_training.ipynb #09-training-json
@@ -158,12 +217,15 @@ def to_dict(self: TrainConfig) -> dict:
     "The fields as JSON has them: tuples are lists."
     return json.loads(json.dumps(dataclasses.asdict(self)))
 
+
 @patch(cls_method=True)
 def from_dict(cls: TrainConfig, fields: dict) -> "TrainConfig":
     "Raises `ValueError` that suggests the nearest field, and lists all, where there is one of another name, or where `fields` is no dict."
-    if not isinstance(fields, dict): raise ValueError(f"a configuration is a dict of fields, not {fields!r}")
+    if not isinstance(fields, dict):
+        raise ValueError(f"a configuration is a dict of fields, not {fields!r}")
     known = [f.name for f in dataclasses.fields(cls)]
-    for name in fields: refuse_unknown("field", name, known)
+    for name in fields:
+        refuse_unknown("field", name, known)
     return cls(**fields)
 
 # %% ../nbs/09_training.ipynb #09-training-013
@@ -171,24 +233,36 @@ def step_seed(seed: int, purpose: str, *position: int) -> int:
     "A 63-bit seed that depends on all its arguments and on nothing else."
     return int.from_bytes(hashlib.sha256(repr((seed, purpose, position)).encode()).digest()[:8], "big") >> 1
 
+
 def generator(device, seed: int, purpose: str, *position: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(step_seed(seed, purpose, *position))
 
 # %% ../nbs/09_training.ipynb #09-training-015
-def epoch_batches(n: int, batch: int, seed: int, epoch: int, world: int = 1, drop_last: bool = False) -> list[list[torch.Tensor]]:
+def epoch_batches(
+    n: int, batch: int, seed: int, epoch: int, world: int = 1, drop_last: bool = False
+) -> list[list[torch.Tensor]]:
     """The epoch's global batches: `[k][r]` holds the sample indices (long) that rank r takes at step k.
 
     Every index in 0..n-1 comes once (drop_last: but for those of a last batch that would be smaller); rank r gets those with index % world == r. Raises `ValueError` unless world <= batch <= n.
     """
-    if not world <= batch <= n: raise ValueError(f"batch={batch}: it must be at least the number of devices, {world}, and at most the number of samples, {n}")
+    if not world <= batch <= n:
+        raise ValueError(
+            f"batch={batch}: it must be at least the number of devices, {world}, and at most the number of samples, {n}"
+        )
     steps = math.ceil(n / batch)
     shares = []
     for r in range(world):
         own = torch.arange(r, n, world)
         shares.append(own[torch.randperm(len(own), generator=generator("cpu", seed, "order", epoch, r))])
     # cut each share where the whole epoch is cut, so that step k holds `batch` samples over all ranks together
-    cuts = [[min(len(s), (min(n, k * batch) - r + world - 1) // world) for k in range(steps + 1)] for r, s in enumerate(shares)]
-    return [[s[cuts[r][k]:cuts[r][k + 1]] for r, s in enumerate(shares)] for k in range(n // batch if drop_last else steps)]
+    cuts = [
+        [min(len(s), (min(n, k * batch) - r + world - 1) // world) for k in range(steps + 1)]
+        for r, s in enumerate(shares)
+    ]
+    return [
+        [s[cuts[r][k] : cuts[r][k + 1]] for r, s in enumerate(shares)]
+        for k in range(n // batch if drop_last else steps)
+    ]
 
 # %% ../nbs/09_training.ipynb #09-training-019
 def draw(config: TrainConfig, step: int, n: int, device="cpu") -> dict[str, torch.Tensor]:
@@ -200,26 +274,38 @@ def draw(config: TrainConfig, step: int, n: int, device="cpu") -> dict[str, torc
     g, shape = generator(device, config.seed, "step", step), (n, *config.shape)
     normal = lambda: torch.randn(shape, generator=g, device=device)
     draws = dict(t=torch.randint(1, config.T + 1, (n,), generator=g, device=device), noise=normal())
-    if config.flip: draws["flips"] = torch.rand(n, generator=g, device=device) < 0.5
-    estimate, levels = estimate_of(config.objective, config.estimate), OBJECTIVES[config.objective].prepare is with_levels
+    if config.flip:
+        draws["flips"] = torch.rand(n, generator=g, device=device) < 0.5
+    estimate, levels = (
+        estimate_of(config.objective, config.estimate),
+        OBJECTIVES[config.objective].prepare is with_levels,
+    )
     g = generator(device, config.seed, "estimate", step)
-    if estimate in ("noise", "shuffled", "self"): draws["first"] = normal()
-    if levels: draws["u"] = (torch.randperm(n, generator=g, device=device) + torch.rand(n, generator=g, device=device)) / n
-    if levels and "first" in draws: draws["second"] = normal()
+    if estimate in ("noise", "shuffled", "self"):
+        draws["first"] = normal()
+    if levels:
+        draws["u"] = (
+            torch.randperm(n, generator=g, device=device) + torch.rand(n, generator=g, device=device)
+        ) / n
+    if levels and "first" in draws:
+        draws["second"] = normal()
     return draws
 
 # %% ../nbs/09_training.ipynb #09-training-024
 def build(config: TrainConfig) -> DDDM:
     "A `DDDM` with fresh weights drawn from `config.seed`, on the CPU, in train mode."
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(step_seed(config.seed, "weights"))       # the CPU's alone
+        torch.default_generator.manual_seed(step_seed(config.seed, "weights"))  # the CPU's alone
         net = UNet(shape=config.shape, classes=config.classes, **config.net)
-    return assemble(config.objective, net, VPSchedule(config.T, config.beta_min, config.beta_max), config.sampler)
+    return assemble(
+        config.objective, net, VPSchedule(config.T, config.beta_min, config.beta_max), config.sampler
+    )
 
 # %% ../nbs/09_training.ipynb #09-training-027
 def ema_decay(config: TrainConfig, step: int) -> float:
     "The average's decay after `step` steps, counted from 1."
     return min(config.ema, (1 + step) / (10 + step)) if config.ema_warmup else config.ema
+
 
 def learning_rate(config: TrainConfig, progress: float) -> float:
     "Adam's rate after a share `progress` of the training, in [0, 1)."
@@ -230,34 +316,48 @@ def fsync(path: Path) -> None:
     "Flush a file or a directory to disk. A warning where the disk, or Windows, cannot do it for directories."
     try:
         fd = os.open(path, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
     except OSError as e:
-        if not Path(path).is_dir(): raise
+        if not Path(path).is_dir():
+            raise
         warnings.warn(f"this disk cannot flush a folder ({e}): a power cut may lose what was written last")
 
+
 def sha256(path: Path) -> str:
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
 
 def sha256_of(paths: list[Path]) -> list[str]:
     "The files' sha256, several files at a time: eight ranks' stores are tens of gigabytes."
-    with ThreadPoolExecutor(8) as pool: return list(pool.map(sha256, paths))
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(sha256, paths))
+
 
 def seal_checkpoint(temporary: Path, keep: int = 2) -> Path:
     "Make the finished folder `.step-K` the checkpoint `step-K`: manifest, fsync, rename; then drop all but the newest `keep`."
     files = sorted(p for p in temporary.iterdir() if p.name != "manifest.json")
-    manifest = {p.name: dict(bytes=p.stat().st_size, sha256=digest) for p, digest in zip(files, sha256_of(files))}
+    manifest = {
+        p.name: dict(bytes=p.stat().st_size, sha256=digest) for p, digest in zip(files, sha256_of(files))
+    }
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for p in [*temporary.iterdir(), temporary]: fsync(p)
+    for p in [*temporary.iterdir(), temporary]:
+        fsync(p)
     final = temporary.with_name(temporary.name.removeprefix("."))
     temporary.rename(final)
     fsync(final.parent)
-    for old in checkpoints(final.parent)[:-keep]: shutil.rmtree(old)
+    for old in checkpoints(final.parent)[:-keep]:
+        shutil.rmtree(old)
     return final
+
 
 def checkpoints(folder: Path) -> list[Path]:
     "The sealed checkpoints in a run's `checkpoints` folder, oldest first."
     return sorted((p for p in folder.glob("step-*") if step_of(p) is not None), key=step_of)
+
 
 def step_of(checkpoint: Path) -> int | None:
     "The step K of a folder `step-K`; None for another name, such as a copy's."
@@ -267,22 +367,33 @@ def step_of(checkpoint: Path) -> int | None:
 # %% ../nbs/09_training.ipynb #09-training-031
 def is_manifest(found) -> bool:
     "Whether this is what `seal_checkpoint` writes: {name: {bytes, sha256}}, the model's weights among them."
-    if not isinstance(found, dict) or "model.safetensors" not in found: return False
-    return all(isinstance(was, dict) and type(was.get("bytes")) is int and type(was.get("sha256")) is str
-               for was in found.values())
+    if not isinstance(found, dict) or "model.safetensors" not in found:
+        return False
+    return all(
+        isinstance(was, dict) and type(was.get("bytes")) is int and type(was.get("sha256")) is str
+        for was in found.values()
+    )
+
 
 def damage(checkpoint: Path) -> str | None:
     "What is wrong with a checkpoint, in words, or None: every file of the manifest is there, as long as it was, with its sha256."
-    try: manifest = json.loads((checkpoint / "manifest.json").read_text())
-    except (OSError, ValueError) as e: return f"manifest.json cannot be read ({e})"
-    if not is_manifest(manifest): return "manifest.json does not list the files of a checkpoint"
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+    except (OSError, ValueError) as e:
+        return f"manifest.json cannot be read ({e})"
+    if not is_manifest(manifest):
+        return "manifest.json does not list the files of a checkpoint"
     for name, was in manifest.items():
         path = checkpoint / name
-        if not path.is_file(): return f"{name} is missing"
-        if path.stat().st_size != was["bytes"]: return f"{name} has {path.stat().st_size} bytes instead of {was['bytes']}"
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != was["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {was['bytes']}"
     for name, digest in zip(manifest, sha256_of([checkpoint / name for name in manifest])):
-        if digest != manifest[name]["sha256"]: return f"{name} does not match its sha256"
+        if digest != manifest[name]["sha256"]:
+            return f"{name} does not match its sha256"
     return None
+
 
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest undamaged checkpoint of a run, None where there is none yet.
@@ -291,9 +402,13 @@ def newest_checkpoint(run: Path) -> Path | None:
     """
     found = checkpoints(Path(run) / "checkpoints")
     for checkpoint in reversed(found):
-        if (fault := damage(checkpoint)) is None: return checkpoint
+        if (fault := damage(checkpoint)) is None:
+            return checkpoint
         warnings.warn(f"checkpoint {checkpoint} is damaged: {fault}; trying the one before it")
-    if found: raise ValueError(f"every checkpoint in {Path(run) / 'checkpoints'} is damaged; remove that folder to begin again, or restore it from a copy")
+    if found:
+        raise ValueError(
+            f"every checkpoint in {Path(run) / 'checkpoints'} is damaged; remove that folder to begin again, or restore it from a copy"
+        )
     return None
 
 # %% ../nbs/09_training.ipynb #09-training-035
@@ -307,21 +422,36 @@ def load(run_directory, ema: bool = True) -> DDDM:
     config = read_config(run)
     model = build(config)
     checkpoint = newest_checkpoint(run)
-    if checkpoint is None: raise FileNotFoundError(f"{run} has no checkpoint yet: let its training reach one, or stop it with Ctrl-C, which saves")
-    try: model.load_state_dict(load_file(checkpoint / ("ema.safetensors" if ema else "model.safetensors")))
-    except RuntimeError as e: raise ValueError(f"the weights of {checkpoint} are of another network than the one in {run / 'config.json'}: {e}") from e
+    if checkpoint is None:
+        raise FileNotFoundError(
+            f"{run} has no checkpoint yet: let its training reach one, or stop it with Ctrl-C, which saves"
+        )
+    try:
+        model.load_state_dict(load_file(checkpoint / ("ema.safetensors" if ema else "model.safetensors")))
+    except RuntimeError as e:
+        raise ValueError(
+            f"the weights of {checkpoint} are of another network than the one in {run / 'config.json'}: {e}"
+        ) from e
     start = 0.0 if config.ema_warmup else config.ema ** step_of(checkpoint)
     if ema and start > 0.1:
-        warnings.warn(f"{checkpoint}: its average is still {start:.0%} the random start (ema={config.ema}, "
-                      "few steps); load(..., ema=False) gives the weights themselves")
+        warnings.warn(
+            f"{checkpoint}: its average is still {start:.0%} the random start (ema={config.ema}, "
+            "few steps); load(..., ema=False) gives the weights themselves"
+        )
     return model.eval()
+
 
 def read_config(run) -> TrainConfig:
     "The configuration of a run's directory. `FileNotFoundError` where there is none, `ValueError` where it cannot be read."
     path = Path(run) / "config.json"
-    if not path.exists(): raise FileNotFoundError(f"{run} holds no config.json: it is no run directory of dddm.training.train")
-    try: return TrainConfig.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as e: raise ValueError(f"{path} is not the configuration of a run ({e}); restore it from a copy, or choose another directory") from e
+    if not path.exists():
+        raise FileNotFoundError(f"{run} holds no config.json: it is no run directory of dddm.training.train")
+    try:
+        return TrainConfig.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as e:
+        raise ValueError(
+            f"{path} is not the configuration of a run ({e}); restore it from a copy, or choose another directory"
+        ) from e
 
 # %% ../nbs/09_training.ipynb #09-training-037
 def check_directory(config: TrainConfig, out: Path, resume: bool = True) -> TrainConfig | None:
@@ -330,31 +460,54 @@ def check_directory(config: TrainConfig, out: Path, resume: bool = True) -> Trai
     `FileExistsError`: it holds something else, or steps of a run and `resume` is False. `ValueError`: it holds steps of another
     configuration. A run that never took a step (it was stopped by a wrong setting, say) gives way.
     """
-    if any((out / name).exists() for name in ("history.jsonl", "checkpoints")) and (out / "config.json").exists():
-        if not resume: raise FileExistsError(f"{out} holds a run already; choose another directory, or let it resume")
+    if (
+        any((out / name).exists() for name in ("history.jsonl", "checkpoints"))
+        and (out / "config.json").exists()
+    ):
+        if not resume:
+            raise FileExistsError(f"{out} holds a run already; choose another directory, or let it resume")
         there = read_config(out)
-        was, now = there.to_dict(), config.to_dict()                                       # a field that is new since then has its default
+        was, now = there.to_dict(), config.to_dict()  # a field that is new since then has its default
         named = ("digits", *images.KNOWN)
-        may = RESUMABLE if {there.data, config.data} & set(named) else (*RESUMABLE, "data")       # `restore` compares the images themselves
-        differ = [f"{k}: {was.get(k)!r} there, {now.get(k)!r} here" for k in sorted({*was, *now}) if was.get(k) != now.get(k) and k not in may]
-        if differ: raise ValueError(f"{out} is the run of another configuration ({'; '.join(differ)}); choose another directory")
+        may = (
+            RESUMABLE if {there.data, config.data} & set(named) else (*RESUMABLE, "data")
+        )  # `restore` compares the images themselves
+        differ = [
+            f"{k}: {was.get(k)!r} there, {now.get(k)!r} here"
+            for k in sorted({*was, *now})
+            if was.get(k) != now.get(k) and k not in may
+        ]
+        if differ:
+            raise ValueError(
+                f"{out} is the run of another configuration ({'; '.join(differ)}); choose another directory"
+            )
         return there
     held = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
     if held and {*held} <= {"config.json", "data.txt"}:
-        try: read_config(out); return None
-        except ValueError: pass
-    if held: raise FileExistsError(f"{out} is not empty and holds no run; choose another directory")
+        try:
+            read_config(out)
+            return None
+        except ValueError:
+            pass
+    if held:
+        raise FileExistsError(f"{out} is not empty and holds no run; choose another directory")
+
 
 def claim_directory(config: TrainConfig, out: Path, resume: bool = True) -> None:
     "Make `out` the directory of this run, where `check_directory` allows it. Warns where another number of `epochs` changes what is done at each step."
     there = check_directory(config, out, resume)
     if there and there.epochs != config.epochs and (config.lr_decay or "consistency" in config.objective):
-        warnings.warn(f"{out} was begun with epochs={there.epochs}. Its rate or its noise levels follow the share of the training that is done, so with epochs={config.epochs} it will not be what {config.epochs} epochs in one go would have made")
+        warnings.warn(
+            f"{out} was begun with epochs={there.epochs}. Its rate or its noise levels follow the share of the training that is done, so with epochs={config.epochs} it will not be what {config.epochs} epochs in one go would have made"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    with whole_file(out / "config.json") as part: part.write_text(json.dumps(config.to_dict(), indent=1))
-    if not (out / ".id").exists():                                   # who the run is, for its store's file
-        with whole_file(out / ".id") as part: part.write_text(uuid.uuid4().hex)
+    with whole_file(out / "config.json") as part:
+        part.write_text(json.dumps(config.to_dict(), indent=1))
+    if not (out / ".id").exists():  # who the run is, for its store's file
+        with whole_file(out / ".id") as part:
+            part.write_text(uuid.uuid4().hex)
     fsync(out)
+
 
 @contextlib.contextmanager
 def locked(out: Path):
@@ -364,20 +517,36 @@ def locked(out: Path):
         lock(f, f"another process is training in {out}; wait for it, stop it, or choose another directory")
         yield
 
+
 def check_data(config: TrainConfig, data) -> None:
     "Raise `ValueError` where the images do not fit the configuration."
-    if tuple(data.shape) != config.shape: raise ValueError(f"the images of {data.name} are {tuple(data.shape)}, the configuration has shape={config.shape}: set shape, or resize=True")
-    if config.batch > len(data): raise ValueError(f"batch={config.batch} is larger than the data, {len(data)} images: choose a smaller batch")
+    if tuple(data.shape) != config.shape:
+        raise ValueError(
+            f"the images of {data.name} are {tuple(data.shape)}, the configuration has shape={config.shape}: set shape, or resize=True"
+        )
+    if config.batch > len(data):
+        raise ValueError(
+            f"batch={config.batch} is larger than the data, {len(data)} images: choose a smaller batch"
+        )
     if config.classes is not None:
-        if data.labels is None: raise ValueError(f"classes={config.classes}, but {data.name} has no labels: give a folder of class folders, or set classes to None")
+        if data.labels is None:
+            raise ValueError(
+                f"classes={config.classes}, but {data.name} has no labels: give a folder of class folders, or set classes to None"
+            )
         top = int(data.labels.max())
-        if top >= config.classes or int(data.labels.min()) < 0: raise ValueError(f"classes={config.classes}, but {data.name} has the label {top}: labels must be in 0..{config.classes - 1}")
+        if top >= config.classes or int(data.labels.min()) < 0:
+            raise ValueError(
+                f"classes={config.classes}, but {data.name} has the label {top}: labels must be in 0..{config.classes - 1}"
+            )
 
 # %% ../nbs/09_training.ipynb #09-training-040
 def check_disk(out: Path, needed: int) -> None:
     "Raise `OSError` unless `needed` bytes are free where `out` lies."
     free = shutil.disk_usage(out).free
-    if free < needed: raise OSError(f"{out} has {free / 1e9:.3g} GB free; three checkpoints need {needed / 1e9:.3g} GB: free some space or choose another directory")
+    if free < needed:
+        raise OSError(
+            f"{out} has {free / 1e9:.3g} GB free; three checkpoints need {needed / 1e9:.3g} GB: free some space or choose another directory"
+        )
 
 # %% ../nbs/09_training.ipynb #09-training-042
 def step_dtype(config: TrainConfig, device) -> torch.dtype:
@@ -388,53 +557,86 @@ def step_dtype(config: TrainConfig, device) -> torch.dtype:
     """
     able = has_bfloat16(device)
     if config.precision == "bfloat16" and device.type == "cuda" and not able:
-        raise ValueError("precision='bfloat16': this GPU has no bfloat16 (it needs compute capability 8.0); take 'float32' or 'auto'")
-    if config.precision == "auto": return torch.bfloat16 if able and not OBJECTIVES[config.objective].exact else torch.float32
+        raise ValueError(
+            "precision='bfloat16': this GPU has no bfloat16 (it needs compute capability 8.0); take 'float32' or 'auto'"
+        )
+    if config.precision == "auto":
+        return torch.bfloat16 if able and not OBJECTIVES[config.objective].exact else torch.float32
     return getattr(torch, config.precision)
+
 
 @contextlib.contextmanager
 def tf32():
     "Within, float32 products on a GPU may use TF32 (10 bits after the point, float32's range)."
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    try: yield
-    finally: torch.set_float32_matmul_precision(before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
 
 def start_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     "Device, ranks and tracker: CUDA where there is a GPU and the configuration allows it; as many ranks as the launcher started."
     cuda = torch.cuda.is_available() and config.device != "cpu"
     if config.tracker and importlib.util.find_spec(config.tracker) is None:
-        raise ValueError(f"tracker={config.tracker!r} is not installed: pip install {config.tracker}, or leave tracker out")
+        raise ValueError(
+            f"tracker={config.tracker!r} is not installed: pip install {config.tracker}, or leave tracker out"
+        )
     # Accelerate remembers the first Accelerator of a process; a second run may want another device
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=12))                    # while one rank decodes a large data set, the others wait
-    return Accelerator(cpu=not cuda, log_with=config.tracker, project_dir=str(out), kwargs_handlers=[patience])
+    patience = InitProcessGroupKwargs(
+        timeout=timedelta(hours=12)
+    )  # while one rank decodes a large data set, the others wait
+    return Accelerator(
+        cpu=not cuda, log_with=config.tracker, project_dir=str(out), kwargs_handlers=[patience]
+    )
+
 
 def load_images(config: TrainConfig):
     "The configuration's images, with `resize` scaled to its shape and turned to its number of channels."
-    change = dict(size=config.shape[-1], channels=config.shape[0]) if config.resize else dict(shape=config.shape)
-    return images.load(config.data, path=config.data_path, download=config.download, on_error=config.on_error,
-                       labels=config.classes is not None, classes=config.classes, **change)
+    change = (
+        dict(size=config.shape[-1], channels=config.shape[0]) if config.resize else dict(shape=config.shape)
+    )
+    return images.load(
+        config.data,
+        path=config.data_path,
+        download=config.download,
+        on_error=config.on_error,
+        labels=config.classes is not None,
+        classes=config.classes,
+        **change,
+    )
+
 
 def open_distance(config: TrainConfig) -> torch.nn.Module:
     "The configuration's d; `features`, where it is among its options, is the name of a network of `dddm.features`."
     options = dict(config.distance_options)
-    if isinstance(options.get("features"), str): options["features"] = trunk(options["features"])
+    if isinstance(options.get("features"), str):
+        options["features"] = trunk(options["features"])
     return distance(config.distance, c=config.c, **options)
+
 
 def place_images(data, device):
     "The uint8 images on the device where they take at most a fifth of its free memory; otherwise they stay on the CPU and batches travel."
-    if device.type == "cuda" and len(data) * math.prod(data.shape) > 0.2 * torch.cuda.mem_get_info(device)[0]: return data
+    if device.type == "cuda" and len(data) * math.prod(data.shape) > 0.2 * torch.cuda.mem_get_info(device)[0]:
+        return data
     return data.to(device)
+
 
 def open_store(config: TrainConfig, n: int, rank: int, world: int, device) -> EstimateStore | None:
     "This rank's rows: in a file (one for each rank), or on the device where they take at most 0.3 of its free memory, or on the CPU. None for an objective without them."
-    if not needs_store(config.objective, config.estimate): return None
+    if not needs_store(config.objective, config.estimate):
+        return None
     size = math.ceil(n / world) * math.prod(config.shape) * getattr(torch, config.store_dtype).itemsize
-    if device.type == "cuda" and size > 0.3 * torch.cuda.mem_get_info(device)[0]: device = "cpu"
+    if device.type == "cuda" and size > 0.3 * torch.cuda.mem_get_info(device)[0]:
+        device = "cpu"
     path = config.store_path and str(Path(config.store_path).expanduser())
-    if path and world > 1: path = f"{path}.{rank}of{world}"
-    return EstimateStore(n, config.shape, config.store_dtype, path, "cpu" if path else device, config.seed, share=(rank, world))
+    if path and world > 1:
+        path = f"{path}.{rank}of{world}"
+    return EstimateStore(
+        n, config.shape, config.store_dtype, path, "cpu" if path else device, config.seed, share=(rank, world)
+    )
 
 # %% ../nbs/09_training.ipynb #09-training-043
 class Run:
@@ -444,53 +646,96 @@ class Run:
     is touched (None: no locks). back: begin so many checkpoints before the newest.
     Raises before any work, through the functions it calls, where configuration, images or directory do not fit.
     """
-    def __init__(self, config: TrainConfig, out, resume: bool = True,
-                 hold: contextlib.ExitStack | None = None, back: int = 0):
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out,
+        resume: bool = True,
+        hold: contextlib.ExitStack | None = None,
+        back: int = 0,
+    ):
         self.config, self.out = config, Path(out).expanduser()
         self.accelerator = start_accelerator(config, self.out)
-        self.rank, self.world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        self.device = torch.device("cpu") if device.type == "cpu" else device        # Accelerate numbers CPUs (cpu:0), torch.load knows no number
+        self.rank, self.world, device = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.accelerator.device,
+        )
+        self.device = (
+            torch.device("cpu") if device.type == "cpu" else device
+        )  # Accelerate numbers CPUs (cpu:0), torch.load knows no number
         self.main, self.dtype = self.accelerator.is_main_process, step_dtype(config, self.device)
         self.model = build(config)
-        with self.accelerator.local_main_process_first():        # one rank fetches and decodes, the others find it done
+        with (
+            self.accelerator.local_main_process_first()
+        ):  # one rank fetches and decodes, the others find it done
             self.d, data = open_distance(config).to(self.device), load_images(config)
         check_data(config, data)
-        self.steps_per_epoch = len(epoch_batches(len(data), config.batch, config.seed, 0, self.world, config.drop_last))
+        self.steps_per_epoch = len(
+            epoch_batches(len(data), config.batch, config.seed, 0, self.world, config.drop_last)
+        )
         self.steps = self.steps_per_epoch * config.epochs
         if self.main:
             check_directory(config, self.out, resume)
-            if hold is not None: hold.enter_context(locked(self.out))
+            if hold is not None:
+                hold.enter_context(locked(self.out))
             if (there := max(map(step_of, checkpoints(self.out / "checkpoints")), default=0)) > self.steps:
-                raise ValueError(f"{self.out} holds {there:,} steps, more than the {self.steps:,} of epochs={config.epochs}; "
-                                 f"give at least {math.ceil(there / self.steps_per_epoch)} epochs, or another directory")
+                raise ValueError(
+                    f"{self.out} holds {there:,} steps, more than the {self.steps:,} of epochs={config.epochs}; "
+                    f"give at least {math.ceil(there / self.steps_per_epoch)} epochs, or another directory"
+                )
             go_back(self.out, back)
             claim_directory(config, self.out, resume)
-            with whole_file(self.out / "data.txt") as part: part.write_text(data.summary() + "\n")
+            with whole_file(self.out / "data.txt") as part:
+                part.write_text(data.summary() + "\n")
         self.accelerator.wait_for_everyone()
         self.data, self.model = place_images(data, self.device), self.model.to(self.device)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         for m in self.model.modules():
-            if isinstance(m, UNet): m.recompute = config.recompute
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=self.device.type in ("cpu", "cuda"))
+            if isinstance(m, UNet):
+                m.recompute = config.recompute
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=config.lr, fused=self.device.type in ("cpu", "cuda")
+        )
         self.store = open_store(config, len(data), self.rank, self.world, self.device)
         if self.store is not None and hold is not None:
             hold.enter_context(self.store.owned((self.out / ".id").read_text(), str(self.out.absolute())))
-        self.done, self.order = 0, (None, None)                  # steps done; this epoch's batches
-        self.sums = torch.zeros(2, 4, dtype=torch.float64, device=self.device)   # loss and count by quarter of t since the last log
-        self.told, self.stop, self.coming = False, False, None   # a signal came; all ranks are to stop; flags on their way from the device
+        self.done, self.order = 0, (None, None)  # steps done; this epoch's batches
+        self.sums = torch.zeros(
+            2, 4, dtype=torch.float64, device=self.device
+        )  # loss and count by quarter of t since the last log
+        self.told, self.stop, self.coming = (
+            False,
+            False,
+            None,
+        )  # a signal came; all ranks are to stop; flags on their way from the device
         self.compiled, self.compute = False, pass_value
         self.micro_batch, self.earlier = config.micro_batch or math.ceil(config.batch / self.world), None
         self.resumed = restore(self)
         self.began = self.done
         try_passes(self)
-        if config.tracker: self.accelerator.init_trackers("dddm", {k: str(v) for k, v in config.to_dict().items()})
+        if config.tracker:
+            self.accelerator.init_trackers("dddm", {k: str(v) for k, v in config.to_dict().items()})
 
     @property
-    def epoch(self) -> int: return self.done // self.steps_per_epoch
+    def epoch(self) -> int:
+        return self.done // self.steps_per_epoch
 
     def batch(self) -> list[torch.Tensor]:
         "The next global batch: the sample indices of each rank."
-        if self.order[0] != self.epoch: self.order = self.epoch, epoch_batches(len(self.data), self.config.batch, self.config.seed, self.epoch, self.world, self.config.drop_last)
+        if self.order[0] != self.epoch:
+            self.order = (
+                self.epoch,
+                epoch_batches(
+                    len(self.data),
+                    self.config.batch,
+                    self.config.seed,
+                    self.epoch,
+                    self.world,
+                    self.config.drop_last,
+                ),
+            )
         return self.order[1][self.done % self.steps_per_epoch]
 
 # %% ../nbs/09_training.ipynb #09-training-045
@@ -500,8 +745,10 @@ def pass_value(loss, model, d, schedule, part: Part, estimate: str, keep: torch.
     loss: of `Objective`; keep: [B], 1 for a row that counts and 0 for one that fills up, or None. Compiled, this is the one graph.
     """
     value, row = loss(model, d, schedule, part, estimate)
-    if keep is not None: value = value * keep
+    if keep is not None:
+        value = value * keep
     return value.sum(), value.detach(), row
+
 
 def make_part(run: Run, index: torch.Tensor, draws: dict) -> Part:
     "The `Part` of this rank's samples `index` (long [b], on the CPU) with their draws, each [b, …]."
@@ -511,9 +758,18 @@ def make_part(run: Run, index: torch.Tensor, draws: dict) -> Part:
     mirror = (lambda x: x) if flips is None else (lambda x: images.flip(x, flips))
     x0, label = run.data.get(index, run.device)
     stored = None if run.store is None else mirror(to_device(run.store.read(index), run.device))
-    if len(index) == 1 and "first" in draws and stored is not None: stored = draws["first"]       # "shuffled", with no other to take
-    part = Part(mirror(x0), stored, label=label if c.classes else None, progress=run.done / run.steps, epoch=run.epoch, **draws)
+    if len(index) == 1 and "first" in draws and stored is not None:
+        stored = draws["first"]  # "shuffled", with no other to take
+    part = Part(
+        mirror(x0),
+        stored,
+        label=label if c.classes else None,
+        progress=run.done / run.steps,
+        epoch=run.epoch,
+        **draws,
+    )
     return about.prepare(part, run.model.schedule, level_range=c.levels, rungs=c.rungs)
+
 
 def filled_up(part: Part, size: int) -> tuple[Part, torch.Tensor]:
     "`part` with `size` rows, its last one again where it has fewer; and [size], 1 where a row counts, 0 where it fills up."
@@ -521,16 +777,28 @@ def filled_up(part: Part, size: int) -> tuple[Part, torch.Tensor]:
     place = torch.arange(size, device=part.x0.device)
     rows = lambda v: v[place.clamp(max=n - 1)] if torch.is_tensor(v) and v.ndim else v
     keep = (place < n).float()
-    return part if n == size else dataclasses.replace(part, **{k: rows(v) for k, v in vars(part).items()}), keep
+    return part if n == size else dataclasses.replace(
+        part, **{k: rows(v) for k, v in vars(part).items()}
+    ), keep
+
 
 def evaluate_part(run: Run, index: torch.Tensor, draws: dict, compiled: bool | None = None):
     "`pass_value` of the samples `index`, and their `Part`; compiled: None is the run's choice."
     part = make_part(run, index, draws)
-    whole, keep = filled_up(part, run.micro_batch) if (run.compiled if compiled is None else compiled) else (part, None)
+    whole, keep = (
+        filled_up(part, run.micro_batch) if (run.compiled if compiled is None else compiled) else (part, None)
+    )
     compute, n = pass_value if compiled is False else run.compute, len(index)
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        loss, value, row = compute(OBJECTIVES[run.config.objective].loss, run.model, run.d, run.model.schedule, whole,
-                                   estimate_of(run.config.objective, run.config.estimate), keep)
+        loss, value, row = compute(
+            OBJECTIVES[run.config.objective].loss,
+            run.model,
+            run.d,
+            run.model.schedule,
+            whole,
+            estimate_of(run.config.objective, run.config.estimate),
+            keep,
+        )
     return loss, value[:n], None if row is None else row[:n], part
 
 # %% ../nbs/09_training.ipynb #09-training-045c
@@ -546,48 +814,64 @@ def accumulate(run: Run, index: torch.Tensor, draws: dict, total: int) -> torch.
         raise FloatingPointError(not_finite(run, f"the loss is {loss.item()}", run.done, index))
     (loss * (1 / total)).backward()
     if run.store is not None:
-        if "flips" in draws: row = images.flip(row, draws["flips"])
-        try: finite = finite & run.store.write(index, row).to(run.device)
+        if "flips" in draws:
+            row = images.flip(row, draws["flips"])
+        try:
+            finite = finite & run.store.write(index, row).to(run.device)
         except ValueError as e:
-            raise FloatingPointError(not_finite(run, f"an estimate cannot be stored ({e})", run.done, index)) from e
+            raise FloatingPointError(
+                not_finite(run, f"an estimate cannot be stored ({e})", run.done, index)
+            ) from e
     quarter = (part.t - 1) * 4 // run.config.T
     run.sums[0].index_add_(0, quarter, value.double())
     run.sums[1].index_add_(0, quarter, torch.ones_like(value, dtype=torch.float64))
     return finite
 
+
 def sum_gradients(run: Run) -> None:
     "Add up the ranks' gradients, in one message; a rank that had no sample in this batch sends zeros."
-    if run.world == 1: return
+    if run.world == 1:
+        return
     weights = [p for p in run.model.parameters() if p.requires_grad]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights])
     flat = run.accelerator.reduce(flat, "sum")
-    for p, grad in zip(weights, flat.split([p.numel() for p in weights])): p.grad = grad.view_as(p)
+    for p, grad in zip(weights, flat.split([p.numel() for p in weights])):
+        p.grad = grad.view_as(p)
+
 
 def last_good(run: Run) -> str:
     found = checkpoints(run.out / "checkpoints")
     return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been saved before"
 
+
 def way_back(run: Run) -> str:
     "`last_good`; and where this start went on from there and failed again, how to go back further."
     found = checkpoints(run.out / "checkpoints")
-    if not (run.resumed and len(found) > 1 and step_of(found[-1]) == run.began): return last_good(run)
-    return (f"{last_good(run)}, from which this start went on: to go on from the one before, "
-            f"{found[-2].name}, give --back, or train(..., back=1)")
+    if not (run.resumed and len(found) > 1 and step_of(found[-1]) == run.began):
+        return last_good(run)
+    return (
+        f"{last_good(run)}, from which this start went on: to go on from the one before, "
+        f"{found[-2].name}, give --back, or train(..., back=1)"
+    )
+
 
 def not_finite(run: Run, what: str, step: int, index: torch.Tensor) -> str:
-    return (f"{what} at step {step} (epoch {step // run.steps_per_epoch}), for the samples {index.tolist()}; "
-            f"{way_back(run)}. Look at those images; a smaller lr or float32 may help")
+    return (
+        f"{what} at step {step} (epoch {step // run.steps_per_epoch}), for the samples {index.tolist()}; "
+        f"{way_back(run)}. Look at those images; a smaller lr or float32 may help"
+    )
 
 # %% ../nbs/09_training.ipynb #09-training-047
 def step(run: Run) -> int:
     "Algorithm 1 for one global batch; returns the number of its samples."
     c, shares = run.config, run.batch()
     mine, sizes = shares[run.rank], [len(s) for s in shares]
-    start, total = sum(sizes[:run.rank]), sum(sizes)
-    draws = {name: v[start:start + len(mine)] for name, v in draw(c, run.done, total, run.device).items()}
+    start, total = sum(sizes[: run.rank]), sum(sizes)
+    draws = {name: v[start : start + len(mine)] for name, v in draw(c, run.done, total, run.device).items()}
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
-    for group in run.optimizer.param_groups: group["lr"] = learning_rate(c, run.done / run.steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(c, run.done / run.steps)
     finite = torch.ones((), dtype=torch.bool, device=run.device)
     for i in range(0, len(mine), run.micro_batch):
         part = slice(i, i + run.micro_batch)
@@ -597,35 +881,48 @@ def step(run: Run) -> int:
     run.optimizer.step()
     notice(run, finite, mine)
     run.done += 1
-    get_ema_multi_avg_fn(ema_decay(c, run.done))(list(run.ema.parameters()), list(run.model.parameters()), None)
+    get_ema_multi_avg_fn(ema_decay(c, run.done))(
+        list(run.ema.parameters()), list(run.model.parameters()), None
+    )
     return total
+
 
 def set_dropout(run: Run, seed: int) -> None:
     "Seed what a pass may draw: the network's dropout, and torch's generators for a network that has another."
     torch.manual_seed(seed)
     seed_dropout(run.model, seed)
 
+
 def notice(run: Run, finite: torch.Tensor, index: torch.Tensor) -> None:
     """Look at what the step says: whether all was finite (else `FloatingPointError`), and whether a rank was told to stop (`run.stop`).
 
     On a GPU a step late, when that step's work is done anyway; `notice_last` looks at what is still on its way. All ranks see the same.
     """
-    if run.device.type == "cpu" and run.world == 1: return                       # `accumulate` has looked, `train` looks
+    if run.device.type == "cpu" and run.world == 1:
+        return  # `accumulate` has looked, `train` looks
     flags = torch.stack([~finite, torch.full_like(finite, run.told)]).float()
     every = run.accelerator.reduce(flags, "sum") if run.world > 1 else flags
     flags = torch.cat([every, flags[:1]]).to("cpu", non_blocking=True)
     before, run.coming = run.coming, (flags, queued(run.device), run.done, index)
-    if run.device.type == "cpu": before, run.coming = run.coming, None
+    if run.device.type == "cpu":
+        before, run.coming = run.coming, None
     read_flags(run, before)
 
+
 def read_flags(run: Run, coming) -> None:
-    if coming is None: return
+    if coming is None:
+        return
     flags, arrived, step, index = coming
     arrived()
     bad, stop, mine = flags.tolist()
-    if bad and not mine: raise FloatingPointError(f"the loss or an estimate of another rank is not finite at step {step}; {last_good(run)}")
-    if bad: raise FloatingPointError(not_finite(run, "the loss or an estimate is not finite", step, index))
+    if bad and not mine:
+        raise FloatingPointError(
+            f"the loss or an estimate of another rank is not finite at step {step}; {last_good(run)}"
+        )
+    if bad:
+        raise FloatingPointError(not_finite(run, "the loss or an estimate is not finite", step, index))
     run.stop = run.stop or bool(stop)
+
 
 def notice_last(run: Run) -> None:
     "Look at the flags that are still on their way."
@@ -647,26 +944,42 @@ def save(run: Run) -> None:
         raise FloatingPointError(f"{what}; {way_back(run)}")
     folder = run.out / "checkpoints" / f".step-{run.done}"
     final = folder.with_name(f"step-{run.done}")
-    if final.exists() and damage(final) is None: return
+    if final.exists() and damage(final) is None:
+        return
     if run.main:
-        for old in [*folder.parent.glob(".step-*"), final]: shutil.rmtree(old, ignore_errors=True)     # what a kill left
+        for old in [*folder.parent.glob(".step-*"), final]:
+            shutil.rmtree(old, ignore_errors=True)  # what a kill left
         folder.mkdir(parents=True, exist_ok=True)
     run.accelerator.wait_for_everyone()
     try:
-        if run.store is not None: torch.save(run.store.state_dict(), folder / f"store-{run.rank}.pt")
+        if run.store is not None:
+            torch.save(run.store.state_dict(), folder / f"store-{run.rank}.pt")
         sums = run.accelerator.reduce(run.sums, "sum")
         if run.main:
             for name, model in (("model", run.model), ("ema", run.ema)):
                 weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-                with whole_file(folder / f"{name}.safetensors") as part: save_file(weights, part)
-            torch.save(dict(optimizer=run.optimizer.state_dict(), done=run.done, sums=sums.cpu(), world=run.world,
-                            data=run.data.fingerprint, micro_batch=run.micro_batch), folder / "state.pt")
+                with whole_file(folder / f"{name}.safetensors") as part:
+                    save_file(weights, part)
+            torch.save(
+                dict(
+                    optimizer=run.optimizer.state_dict(),
+                    done=run.done,
+                    sums=sums.cpu(),
+                    world=run.world,
+                    data=run.data.fingerprint,
+                    micro_batch=run.micro_batch,
+                ),
+                folder / "state.pt",
+            )
         run.accelerator.wait_for_everyone()
-        if run.main: seal_checkpoint(folder)
+        if run.main:
+            seal_checkpoint(folder)
     except (OSError, RuntimeError, ValueError, SafetensorError) as e:
         shutil.rmtree(folder, ignore_errors=True)
-        raise OSError(f"the checkpoint of step {run.done} could not be written ({e}); {last_good(run)}. "
-                      f"{size_text(shutil.disk_usage(run.out).free)} are free on the disk: free more and run again") from e
+        raise OSError(
+            f"the checkpoint of step {run.done} could not be written ({e}); {last_good(run)}. "
+            f"{size_text(shutil.disk_usage(run.out).free)} are free on the disk: free more and run again"
+        ) from e
     run.accelerator.wait_for_everyone()
 
 # %% ../nbs/09_training.ipynb #09-training-050
@@ -680,18 +993,25 @@ def go_back(out: Path, back: int) -> None:
     found = checkpoints(out / "checkpoints")
     if back and not any(damage(checkpoint) is None for checkpoint in found[:-back]):
         raise ValueError(f"back={back}: {out} has {len(found)} checkpoint(s), and no good one further back")
-    for checkpoint in found[len(found) - back:]:
+    for checkpoint in found[len(found) - back :]:
         shutil.rmtree(dropped := checkpoint.with_name(f".{checkpoint.name}"), ignore_errors=True)
         checkpoint.rename(dropped)
 
+
 def check_world(run: Run, checkpoint: Path, world: int) -> None:
     "Refuse another number of devices where each owns rows of the store; without a store it is a warning."
-    if world == run.world: return
+    if world == run.world:
+        return
     if run.store is not None:
-        raise ValueError(f"{checkpoint} is of {world} device(s), this is {run.world}: each owns its rows "
-                         "of the store; resume on as many")
-    warnings.warn(f"{checkpoint} is of {world} device(s), this is {run.world}: samples come in another order "
-                  "from here on, so the run is not the one that as many devices would have made")
+        raise ValueError(
+            f"{checkpoint} is of {world} device(s), this is {run.world}: each owns its rows "
+            "of the store; resume on as many"
+        )
+    warnings.warn(
+        f"{checkpoint} is of {world} device(s), this is {run.world}: samples come in another order "
+        "from here on, so the run is not the one that as many devices would have made"
+    )
+
 
 def restore(run: Run) -> bool:
     """Put the newest good checkpoint's state into `run`; False where there is none.
@@ -700,35 +1020,49 @@ def restore(run: Run) -> bool:
     """
     checkpoint = newest_checkpoint(run.out)
     if checkpoint is None:
-        trim_history(run, 0)                                         # a run that was killed before its first checkpoint leaves lines and rows
-        if run.store is not None: run.store.clear()
+        trim_history(run, 0)  # a run that was killed before its first checkpoint leaves lines and rows
+        if run.store is not None:
+            run.store.clear()
         return False
     state = torch.load(checkpoint / "state.pt", map_location=run.device, weights_only=True)
     check_world(run, checkpoint, state["world"])
-    if state["data"] != run.data.fingerprint: raise ValueError(f"{checkpoint} was trained on other images than these of {run.data.name} (their fingerprints differ); give the same data, or another directory")
+    if state["data"] != run.data.fingerprint:
+        raise ValueError(
+            f"{checkpoint} was trained on other images than these of {run.data.name} (their fingerprints differ); give the same data, or another directory"
+        )
     run.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     run.ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
     run.optimizer.load_state_dict(state["optimizer"])
-    if run.store is not None: run.store.load_state_dict(torch.load(checkpoint / f"store-{run.rank}.pt", map_location="cpu", mmap=True, weights_only=True))
+    if run.store is not None:
+        run.store.load_state_dict(
+            torch.load(checkpoint / f"store-{run.rank}.pt", map_location="cpu", mmap=True, weights_only=True)
+        )
     run.done, run.earlier = state["done"], state.get("micro_batch")
-    if run.main: run.sums.copy_(state["sums"])
+    if run.main:
+        run.sums.copy_(state["sums"])
     trim_history(run, run.done)
     return True
 
 # %% ../nbs/09_training.ipynb #09-training-052
 NUMBERS = dict(history=("epoch", "loss"), speed=("seconds", "images_per_second"))
 
+
 def parse_line(line: bytes, kind: str) -> dict | None:
     "The record in a line of `kind`.jsonl, None where it holds none."
-    try: record = json.loads(line)
-    except (ValueError, RecursionError): return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int: return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
     whole = all(has_type(record.get(name), float) for name in NUMBERS[kind])
     return record if whole and (kind != "history" or is_quarters(record.get("loss_by_t"))) else None
+
 
 def is_quarters(value) -> bool:
     "Whether this is a number for each quarter of t."
     return isinstance(value, list) and len(value) == 4 and all(has_type(v, float) for v in value)
+
 
 def read_lines(path: Path) -> list[tuple[bytes, dict | None]]:
     """The lines of history.jsonl or speed.jsonl, each with its record.
@@ -736,38 +1070,72 @@ def read_lines(path: Path) -> list[tuple[bytes, dict | None]]:
     A torn last line is dropped. A damaged line has None for a record, and a warning names it.
     """
     *lines, last = path.read_bytes().split(b"\n")
-    if parse_line(last, path.stem): lines.append(last)                # only its line break is missing
+    if parse_line(last, path.stem):
+        lines.append(last)  # only its line break is missing
     found = [(line, parse_line(line, path.stem)) for line in lines]
     for number, (_, record) in enumerate(found, 1):
-        if record is None: warnings.warn(f"line {number} of {path} is damaged; the lines after it are read")
+        if record is None:
+            warnings.warn(f"line {number} of {path} is damaged; the lines after it are read")
     return found
+
 
 def trim_history(run: Run, done: int) -> None:
     "Drop lines after step `done`, the closing line of a run that goes on, and a line that a kill cut short."
     stays = lambda record: record["step"] <= done and not (record.get("closing") and done < run.steps)
     for name in ("history", "speed"):
         path = run.out / f"{name}.jsonl"
-        if not run.main or not path.exists(): continue
+        if not run.main or not path.exists():
+            continue
         lines = read_lines(path)
         end = max((k for k, (_, record) in enumerate(lines, 1) if record and stays(record)), default=0)
         keep = [line + b"\n" for line, record in lines[:end] if record is None or stays(record)]
-        with whole_file(path) as part: part.write_bytes(b"".join(keep))
+        with whole_file(path) as part:
+            part.write_bytes(b"".join(keep))
+
 
 def log(run: Run, seconds: float, seen: int) -> dict:
     "Write the line of the steps since the last one; returns it. `seconds`, `seen`: how long they took, and for how many images."
     loss, count = run.accelerator.reduce(run.sums, "sum").cpu()
-    record = dict(step=run.done, epoch=round(run.done / run.steps_per_epoch, 4), loss=(loss.sum() / count.sum()).item(), loss_by_t=(loss / count.clamp(min=1)).tolist())
-    if run.done % run.config.log_every: record["closing"] = True       # the run's last steps; if it is made longer, the line after counts them again
-    else: run.sums.zero_()
-    if run.config.tracker: run.accelerator.log({"loss": record["loss"], "images_per_second": seen / seconds}, step=run.done)
+    record = dict(
+        step=run.done,
+        epoch=round(run.done / run.steps_per_epoch, 4),
+        loss=(loss.sum() / count.sum()).item(),
+        loss_by_t=(loss / count.clamp(min=1)).tolist(),
+    )
+    if run.done % run.config.log_every:
+        record["closing"] = (
+            True  # the run's last steps; if it is made longer, the line after counts them again
+        )
+    else:
+        run.sums.zero_()
+    if run.config.tracker:
+        run.accelerator.log({"loss": record["loss"], "images_per_second": seen / seconds}, step=run.done)
     if run.main:
-        for name, line in (("history", record), ("speed", dict(step=run.done, seconds=round(seconds, 3), images_per_second=round(seen / seconds, 2), memory=memory_in_use(run.device)))):
-            with open(run.out / f"{name}.jsonl", "a") as f: f.write(json.dumps(line) + "\n")
+        for name, line in (
+            ("history", record),
+            (
+                "speed",
+                dict(
+                    step=run.done,
+                    seconds=round(seconds, 3),
+                    images_per_second=round(seen / seconds, 2),
+                    memory=memory_in_use(run.device),
+                ),
+            ),
+        ):
+            with open(run.out / f"{name}.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
     return record
+
 
 def memory_in_use(device) -> int:
     "Bytes: the most that was allocated on a CUDA device so far, or this process's resident memory now."
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+    return (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else psutil.Process().memory_info().rss
+    )
+
 
 def history(run_directory) -> list[dict]:
     "The run's history: dicts with step, epoch, loss, loss_by_t (means since the line before; by quarter of t, from small to large)."
@@ -775,11 +1143,14 @@ def history(run_directory) -> list[dict]:
     return [record for _, record in read_lines(path) if record]
 
 # %% ../nbs/09_training.ipynb #09-training-053
-def grid_path(run: Run) -> Path: return run.out / "samples" / f"step-{run.done:07d}.png"
+def grid_path(run: Run) -> Path:
+    return run.out / "samples" / f"step-{run.done:07d}.png"
+
 
 def is_whole_png(path: Path) -> bool:
     "Whether this is a file that ends as a PNG does: one that a kill cut short does not."
     return path.is_file() and path.read_bytes().endswith(b"IEND\xaeB`\x82")
+
 
 def grid_due(run: Run) -> bool:
     "Whether a grid belongs to this step and is not there, or not whole."
@@ -787,15 +1158,21 @@ def grid_due(run: Run) -> bool:
     due = run.done == run.steps or (c.sample_every > 0 and run.done % c.sample_every == 0)
     return run.main and due and not is_whole_png(grid_path(run))
 
+
 def sample_grid(run: Run, steps=(1, 5), n: int = 32) -> None:
     "Save a grid of the averaged model's samples: two rows of 16 for each number of steps, up to T. A failure is a warning: a picture is no reason to end a training."
     label = None if run.config.classes is None else torch.arange(n) % run.config.classes
     try:
-        blocks = generate(run.ema, n=n, steps=[s for s in steps if s <= run.config.T], seed=run.config.seed, label=label)
+        blocks = generate(
+            run.ema, n=n, steps=[s for s in steps if s <= run.config.T], seed=run.config.seed, label=label
+        )
         grid_path(run).parent.mkdir(exist_ok=True)
         with whole_file(grid_path(run)) as part:
             save_grid(torch.cat(list(blocks.values())), part, columns=n // 2)
-    except Exception as e: warnings.warn(f"no grid of samples at step {run.done:,} ({type(e).__name__}: {e}); the training goes on")
+    except Exception as e:
+        warnings.warn(
+            f"no grid of samples at step {run.done:,} ({type(e).__name__}: {e}); the training goes on"
+        )
 
 # %% ../nbs/09_training.ipynb #09-training-055
 def trial(run: Run, n: int, compiled: bool | None = None) -> tuple[float, list[torch.Tensor]]:
@@ -814,6 +1191,7 @@ def trial(run: Run, n: int, compiled: bool | None = None) -> tuple[float, list[t
     run.model.zero_grad(set_to_none=True)
     return seconds, grads
 
+
 def memory_of_trial(run: Run, n: int) -> int:
     "Bytes that an eager pass of n samples takes on the GPU beside what is there."
     torch.cuda.reset_peak_memory_stats(run.device)
@@ -828,17 +1206,20 @@ def fitting_micro_batch(run: Run, free: int, compiled: bool) -> int:
     Judged from passes of 8 and 16 samples. A compiled pass keeps less than an eager one; it is counted as 0.6 of it.
     """
     share = math.ceil(run.config.batch / run.world)
-    if share <= 16: return share
-    memory_of_trial(run, 8)                                      # what the first pass takes once and for all
+    if share <= 16:
+        return share
+    memory_of_trial(run, 8)  # what the first pass takes once and for all
     small, large = memory_of_trial(run, 8), memory_of_trial(run, 16)
     each = max(1, (large - small) / 8) * (0.6 if compiled else 1.0)
     size = share
-    while size > 16 and small + size * each > free: size = math.ceil(size / 2)
+    while size > 16 and small + size * each > free:
+        size = math.ceil(size / 2)
     return size
+
 
 def compile_pass(device):
     "`pass_value` as one graph of static shapes; on a GPU with the channels of a place side by side throughout."
-    torch.compiler.reset()                                       # a graph of an earlier run in this process would count as one of this run
+    torch.compiler.reset()  # a graph of an earlier run in this process would count as one of this run
     options = {"force_layout_optimization": True} if device.type == "cuda" else None
     return torch.compile(pass_value, fullgraph=True, dynamic=False, options=options)
 
@@ -848,11 +1229,15 @@ def awake(model):
     "Within, parameters that are all zero hold small noise: a fresh network's last layers would hide what is before them."
     asleep = [p for p in model.parameters() if not p.any()]
     with torch.no_grad():
-        for p in asleep: p.normal_(std=0.02)
-    try: yield
+        for p in asleep:
+            p.normal_(std=0.02)
+    try:
+        yield
     finally:
         with torch.no_grad():
-            for p in asleep: p.zero_()
+            for p in asleep:
+                p.zero_()
+
 
 def as_good(run: Run) -> bool:
     """Whether a compiled pass gives the eager pass's gradients and is faster.
@@ -866,37 +1251,48 @@ def as_good(run: Run) -> bool:
         try:
             trial(run, run.micro_batch, compiled=False)
             eager_seconds, eager = trial(run, run.micro_batch, compiled=False)
-        except torch.OutOfMemoryError: return True
+        except torch.OutOfMemoryError:
+            return True
     norm = lambda grads: torch.stack(torch._foreach_norm(grads)).norm().item()
     differ = norm(torch._foreach_sub(compiled, eager)) / max(norm(eager), 1e-30)
-    if differ <= (0.02 if run.dtype == torch.float32 else 0.1) and compiled_seconds <= eager_seconds: return True
-    warnings.warn(f"passes stay eager: compiled ones differ by {differ:.2g} in the gradient and take {compiled_seconds / eager_seconds:.2f} of the time")
+    if differ <= (0.02 if run.dtype == torch.float32 else 0.1) and compiled_seconds <= eager_seconds:
+        return True
+    warnings.warn(
+        f"passes stay eager: compiled ones differ by {differ:.2g} in the gradient and take {compiled_seconds / eager_seconds:.2f} of the time"
+    )
     return False
 
 # %% ../nbs/09_training.ipynb #09-training-055f
 def try_passes(run: Run) -> None:
     "Choose the micro-batch and whether passes are compiled, where the configuration leaves that open."
     c, cuda = run.config, run.device.type == "cuda"
-    run.model.schedule.tables(torch.zeros((), device=run.device))               # before a graph is made that reads them
+    run.model.schedule.tables(torch.zeros((), device=run.device))  # before a graph is made that reads them
     seed_dropout(run.model, 0)
 
     def choose_size(compiled: bool):
-        if not cuda or c.micro_batch is not None: return
+        if not cuda or c.micro_batch is not None:
+            return
         weights = sum(p.numel() * p.element_size() for p in run.model.parameters())
-        spare = weights * (2 if run.optimizer.state else 4)      # gradients and their sum; Adam's moments, if not there yet
+        spare = weights * (
+            2 if run.optimizer.state else 4
+        )  # gradients and their sum; Adam's moments, if not there yet
         fits = fitting_micro_batch(run, int(0.85 * torch.cuda.mem_get_info(run.device)[0]) - spare, compiled)
-        run.micro_batch = min(fits, run.earlier or fits)         # a run that goes on keeps its masks, if it can
+        run.micro_batch = min(fits, run.earlier or fits)  # a run that goes on keeps its masks, if it can
 
     wants = cuda if c.compile is None else c.compile
     choose_size(wants)
-    if not wants: return
+    if not wants:
+        return
     run.compiled, run.compute = True, compile_pass(run.device)
-    if c.compile: return
-    try: good = as_good(run)
+    if c.compile:
+        return
+    try:
+        good = as_good(run)
     except Exception as e:
         warnings.warn(f"passes stay eager: they cannot be compiled here ({type(e).__name__}: {str(e)[:200]})")
         good = False
-    if good: return
+    if good:
+        return
     run.compiled, run.compute = False, pass_value
     run.model.zero_grad(set_to_none=True)
     choose_size(False)
@@ -905,28 +1301,42 @@ def try_passes(run: Run) -> None:
 def describe(run: Run) -> str:
     "Parameters, memory and time of the run, in a few lines."
     c, weights = run.config, sum(p.numel() * p.element_size() for p in run.model.parameters())
-    left, n = (c.epochs - run.done / run.steps_per_epoch) * len(run.data) / run.world, min(run.micro_batch, len(run.data) // run.world)
-    trial(run, n)                                                # the first pass warms up
+    left, n = (
+        (c.epochs - run.done / run.steps_per_epoch) * len(run.data) / run.world,
+        min(run.micro_batch, len(run.data) // run.world),
+    )
+    trial(run, n)  # the first pass warms up
     hours = left * trial(run, n)[0] / n / 3600
     store = f"none, the objective {c.objective} reads no estimates of earlier epochs"
-    if run.store is not None: store = f"{size_text(run.store.nbytes)} as {c.store_dtype} in {'a file' if c.store_path else 'memory'}"
-    return "\n".join([
-        f"{'resumes' if run.resumed else 'starts'} at step {run.done:,} of {run.steps:,}: {c.epochs} epochs of {len(run.data):,} images of "
-        f"{run.data.name}, batch {c.batch}, {run.world} x {run.device.type}",
-        f"network     {weights / 4e6:.2f} M parameters; with gradients, Adam's moments and the average {size_text(5 * weights)}",
-        f"store       {store}; images {size_text(len(run.data) * math.prod(c.shape))}",
-        f"checkpoint  {size_text(checkpoint_bytes(run))}, the last two are kept",
-        f"passes      {'compiled' if run.compiled else 'eager'}, of up to {run.micro_batch} images, {str(run.dtype).removeprefix('torch.')}",
-        f"time        about {f'{60 * hours:.3g} minutes' if hours < 2 else f'{hours:.3g} hours'} left, from a trial"])
+    if run.store is not None:
+        store = (
+            f"{size_text(run.store.nbytes)} as {c.store_dtype} in {'a file' if c.store_path else 'memory'}"
+        )
+    return "\n".join(
+        [
+            f"{'resumes' if run.resumed else 'starts'} at step {run.done:,} of {run.steps:,}: {c.epochs} epochs of {len(run.data):,} images of "
+            f"{run.data.name}, batch {c.batch}, {run.world} x {run.device.type}",
+            f"network     {weights / 4e6:.2f} M parameters; with gradients, Adam's moments and the average {size_text(5 * weights)}",
+            f"store       {store}; images {size_text(len(run.data) * math.prod(c.shape))}",
+            f"checkpoint  {size_text(checkpoint_bytes(run))}, the last two are kept",
+            f"passes      {'compiled' if run.compiled else 'eager'}, of up to {run.micro_batch} images, {str(run.dtype).removeprefix('torch.')}",
+            f"time        about {f'{60 * hours:.3g} minutes' if hours < 2 else f'{hours:.3g} hours'} left, from a trial",
+        ]
+    )
+
 
 def checkpoint_bytes(run: Run) -> int:
     "Bytes of one checkpoint: weights, average, Adam's two moments, store."
-    return 4 * sum(p.numel() * p.element_size() for p in run.model.parameters()) + (0 if run.store is None else run.store.nbytes * run.world)
+    return 4 * sum(p.numel() * p.element_size() for p in run.model.parameters()) + (
+        0 if run.store is None else run.store.nbytes * run.world
+    )
+
 
 def size_text(n: float) -> str:
     "Bytes in decimal units."
     for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000: return f"{n:.3g} {unit}"
+        if n < 1000:
+            return f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
 
@@ -935,19 +1345,27 @@ def size_text(n: float) -> str:
 def stop_signals():
     "Within, SIGINT and SIGTERM are noted in the list that is given; another one, more than three seconds later, interrupts at once."
     received, first = [], []
+
     def note(number, frame):
         first.append(time.monotonic())
-        if first[-1] - first[0] > 3: raise KeyboardInterrupt          # a launcher may pass on within moments what its workers got themselves
+        if first[-1] - first[0] > 3:
+            raise KeyboardInterrupt  # a launcher may pass on within moments what its workers got themselves
         received.append(number)
-    if threading.current_thread() is not threading.main_thread(): yield received; return       # only the main thread may handle signals
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return  # only the main thread may handle signals
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield received
+    try:
+        yield received
     finally:
-        for s, handler in before.items(): signal.signal(s, handler)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 # %% ../nbs/09_training.ipynb #09-training-058
-def train(config: TrainConfig, out, resume: bool = True, callback=None, progress: bool = True,
-          back: int = 0) -> Path:
+def train(
+    config: TrainConfig, out, resume: bool = True, callback=None, progress: bool = True, back: int = 0
+) -> Path:
     """Train `config` by algorithm 1 in the directory `out`; returns it when the run is finished.
 
     resume: go on from the newest checkpoint in `out` (the result is that of an unbroken run of as many epochs; more epochs than it was begun with
@@ -962,10 +1380,20 @@ def train(config: TrainConfig, out, resume: bool = True, callback=None, progress
         run = Run(config, out, resume, stack, back)
         if run.main:
             check_disk(run.out, 3 * checkpoint_bytes(run))
-            if progress: print(run.data.summary(), describe(run), sep="\n", flush=True)
+            if progress:
+                print(run.data.summary(), describe(run), sep="\n", flush=True)
         received = stack.enter_context(stop_signals())
-        bar = stack.enter_context(tqdm(total=run.steps, initial=run.done, unit="step", mininterval=1, disable=not (progress and run.main)))
-        if run.resumed and grid_due(run): sample_grid(run)                            # a kill came between the checkpoint and its grid
+        bar = stack.enter_context(
+            tqdm(
+                total=run.steps,
+                initial=run.done,
+                unit="step",
+                mininterval=1,
+                disable=not (progress and run.main),
+            )
+        )
+        if run.resumed and grid_due(run):
+            sample_grid(run)  # a kill came between the checkpoint and its grid
         begin, seen = time.perf_counter(), 0
         while run.done < run.steps:
             run.told = bool(received)
@@ -973,38 +1401,71 @@ def train(config: TrainConfig, out, resume: bool = True, callback=None, progress
             bar.update()
             last, stop = run.done == run.steps, run.stop or (run.world == 1 and bool(received))
             if run.done % config.log_every == 0 or last:
-                record, rate = log(run, time.perf_counter() - begin, seen), seen / (time.perf_counter() - begin)
-                bar.set_postfix_str(f"loss {record['loss']:.4f}, {rate:.0f} images/s, {size_text(memory_in_use(run.device))}")
-                if callback is not None: callback(record)
+                record, rate = (
+                    log(run, time.perf_counter() - begin, seen),
+                    seen / (time.perf_counter() - begin),
+                )
+                bar.set_postfix_str(
+                    f"loss {record['loss']:.4f}, {rate:.0f} images/s, {size_text(memory_in_use(run.device))}"
+                )
+                if callback is not None:
+                    callback(record)
                 begin, seen = time.perf_counter(), 0
-            if last or stop or run.done % config.checkpoint_every == 0: save(run)
-            if grid_due(run): sample_grid(run)
-            if stop and not last: leave(run, received)
-        if config.tracker: run.accelerator.end_training()
+            if last or stop or run.done % config.checkpoint_every == 0:
+                save(run)
+            if grid_due(run):
+                sample_grid(run)
+            if stop and not last:
+                leave(run, received)
+        if config.tracker:
+            run.accelerator.end_training()
     return run.out
+
 
 def leave(run: Run, received: list) -> None:
     "End a run that was told to stop and is saved."
-    if run.main: print(f"stopped after step {run.done:,} of {run.steps:,} and saved in {run.out}; train again with the same configuration to go on", flush=True)
-    if signal.SIGTERM in received: raise SystemExit(128 + signal.SIGTERM)
+    if run.main:
+        print(
+            f"stopped after step {run.done:,} of {run.steps:,} and saved in {run.out}; train again with the same configuration to go on",
+            flush=True,
+        )
+    if signal.SIGTERM in received:
+        raise SystemExit(128 + signal.SIGTERM)
     raise KeyboardInterrupt
 
 # %% ../nbs/09_training.ipynb #09-training-063
 def main(argv=None) -> None:
     "Train the configuration in a JSON file; under `accelerate launch`, on as many devices as it starts."
     parser = argparse.ArgumentParser(prog="dddm.training", description=main.__doc__)
-    parser.add_argument("config", help="a JSON file with the fields of TrainConfig, as `python -m dddm.presets NAME` prints it")
+    parser.add_argument(
+        "config",
+        help="a JSON file with the fields of TrainConfig, as `python -m dddm.presets NAME` prints it",
+    )
     parser.add_argument("--out", required=True, help="the run's directory; a run that is there is resumed")
     parser.add_argument("--fresh", action="store_true", help="refuse to resume")
-    parser.add_argument("--back", type=int, nargs="?", const=1, default=0, metavar="K",
-                        help="go on from K (1) checkpoints before the newest, where that leads to a failure")
+    parser.add_argument(
+        "--back",
+        type=int,
+        nargs="?",
+        const=1,
+        default=0,
+        metavar="K",
+        help="go on from K (1) checkpoints before the newest, where that leads to a failure",
+    )
     args = parser.parse_args(argv)
-    try: config = TrainConfig.from_dict(json.loads(Path(args.config).read_text()))
-    except (OSError, ValueError) as e: parser.error(f"{args.config}: {e}")
-    try: train(config, args.out, resume=not args.fresh, back=args.back)
-    except (ValueError, OSError, FloatingPointError) as e: end(" ".join(str(e).split()), 2)
-    except KeyboardInterrupt: end("interrupted", 128 + signal.SIGINT)
-    except SystemExit as e: end("ended by SIGTERM", e.code)
+    try:
+        config = TrainConfig.from_dict(json.loads(Path(args.config).read_text()))
+    except (OSError, ValueError) as e:
+        parser.error(f"{args.config}: {e}")
+    try:
+        train(config, args.out, resume=not args.fresh, back=args.back)
+    except (ValueError, OSError, FloatingPointError) as e:
+        end(" ".join(str(e).split()), 2)
+    except KeyboardInterrupt:
+        end("interrupted", 128 + signal.SIGINT)
+    except SystemExit as e:
+        end("ended by SIGTERM", e.code)
+
 
 def end(message: str, status: int) -> None:
     "Leave the program with a line on stderr and an exit status."
@@ -1012,4 +1473,5 @@ def end(message: str, status: int) -> None:
     raise SystemExit(status)
 
 # %% ../nbs/09_training.ipynb #09-training-064
-if __name__ == "__main__" and globals().get("__spec__"): main()     # as `python -m`, not as a cell of this notebook
+if __name__ == "__main__" and globals().get("__spec__"):
+    main()  # as `python -m`, not as a cell of this notebook

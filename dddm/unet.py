@@ -12,6 +12,7 @@ import math
 import numbers
 from contextlib import nullcontext
 from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,8 +21,10 @@ from torch.utils.checkpoint import checkpoint
 # %% ../nbs/05_unet.ipynb #05-unet-005
 class GroupNorm(nn.GroupNorm):
     "torch's GroupNorm; in a compiled graph by elementary operations, which torch can also differentiate forwards there (a JVP)."
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.compiler.is_compiling(): return super().forward(x)
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
         groups = x.unflatten(1, (self.num_groups, -1))
         inside = tuple(range(2, groups.ndim))
         var, mean = torch.var_mean(groups, inside, correction=0, keepdim=True)
@@ -29,18 +32,22 @@ class GroupNorm(nn.GroupNorm):
         shape = (-1, *[1] * (x.ndim - 2))
         return y * self.weight.view(shape) + self.bias.view(shape)
 
+
 def group_norm(channels: int, groups: int) -> GroupNorm:
     "GroupNorm over `channels` in at most `groups` groups of at least 4 channels. `ValueError` if they do not divide."
     n = min(groups, channels // 4)
     if n < 1 or channels % n:
-        raise ValueError(f"{channels} channels do not divide into {n} groups of >= 4 channels; choose base, multipliers and "
-                         f"groups={groups} so that every stage's channels do")
+        raise ValueError(
+            f"{channels} channels do not divide into {n} groups of >= 4 channels; choose base, multipliers and "
+            f"groups={groups} so that every stage's channels do"
+        )
     return GroupNorm(n, channels)
 
 # %% ../nbs/05_unet.ipynb #05-unet-009
 def zero(layer: nn.Module) -> nn.Module:
     "Set all of `layer`'s parameters to zero and return it."
-    for p in layer.parameters(): nn.init.zeros_(p)
+    for p in layer.parameters():
+        nn.init.zeros_(p)
     return layer
 
 # %% ../nbs/05_unet.ipynb #05-unet-011
@@ -56,11 +63,13 @@ def full_precision(x: torch.Tensor):
     "A context in which autocast leaves float32 alone on `x`'s device (the meta device has no autocast)."
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
+
 class Embedding(nn.Module):
     """The vector that tells every block the time and the label. forward(t [B], label [B] or None) -> float32 [B, width], under autocast too.
 
     base: channels of the sinusoid; width: of the result; classes: how many labels, or None.
     """
+
     def __init__(self, base: int, width: int, classes: int | None):
         super().__init__()
         self.base, self.time = base, nn.Sequential(nn.Linear(base, width), nn.SiLU(), nn.Linear(width, width))
@@ -75,8 +84,9 @@ class Embedding(nn.Module):
 def mix(x: torch.Tensor) -> torch.Tensor:
     "A hash of int32 numbers, one to one: every bit of the result depends on every bit of x (Wellons 2018, lowbias32)."
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)       # the same 32 bits, as a signed number
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)  # the same 32 bits, as a signed number
     return x ^ ((x >> 16) & 0xFFFF)
+
 
 class Dropout(nn.Module):
     """Dropout with probability p whose mask, where it has a `seed`, is a function of (seed, number, place) alone.
@@ -84,29 +94,36 @@ class Dropout(nn.Module):
     number: of the layer in its network, so that layers differ. seed: int64 [], or None for torch's own random mask;
     see `seed_dropout`. The mask is the same on every device, and in eager and in compiled code.
     """
+
     def __init__(self, p: float, number: int = 0):
         super().__init__()
         self.p, self.number = p, number
         self.register_buffer("seed", None, persistent=False)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        if not self.training or self.p == 0: return h
-        if self.seed is None: return F.dropout(h, self.p)
+        if not self.training or self.p == 0:
+            return h
+        if self.seed is None:
+            return F.dropout(h, self.p)
         low, high = ((self.seed >> shift & 0x7FFFFFFF).int() for shift in (0, 31))
         place = torch.arange(h.numel(), dtype=torch.int32, device=h.device).view(h.shape)
         bits = mix(mix(place ^ low) + mix(high + self.number))
         return torch.where((bits & 0x7FFFFFFF) >= int(self.p * 2**31), h / (1 - self.p), 0)
 
+
 def seed_dropout(model: nn.Module, seed: int | None) -> None:
     "Give every `Dropout` of the model this seed, in 0..2^63-1; None gives them torch's random masks again. Waits for no device."
     layers = [m for m in model.modules() if isinstance(m, Dropout) and m.p > 0]
-    if not layers: return
+    if not layers:
+        return
     shared = layers[0].seed
     if seed is None or shared is None or any(m.seed is not shared for m in layers):
         device = next(model.parameters()).device
         shared = None if seed is None else torch.zeros((), dtype=torch.int64, device=device)
-        for m in layers: m.seed = shared
-    if seed is not None: shared.fill_(seed)
+        for m in layers:
+            m.seed = shared
+    if seed is not None:
+        shared.fill_(seed)
 
 # %% ../nbs/05_unet.ipynb #05-unet-017
 class ResBlock(nn.Module):
@@ -115,9 +132,13 @@ class ResBlock(nn.Module):
     $h + \mathrm{conv}(\mathrm{drop}(\mathrm{silu}((1+s)\,\mathrm{GN}(\mathrm{conv}(\mathrm{silu}(\mathrm{GN}(h)))) + b)))$ with $(s, b)$ linear in the embedding.
     forward(h [B, in_channels, H, W], embedding [B, E]) -> [B, out_channels, H, W].
     """
+
     def __init__(self, in_channels: int, out_channels: int, embedding: int, dropout: float, groups: int):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(in_channels, groups), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm1, self.conv1 = (
+            group_norm(in_channels, groups),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        )
         self.scale_shift = nn.Linear(embedding, 2 * out_channels)
         self.norm2, self.dropout = group_norm(out_channels, groups), Dropout(dropout)
         self.conv2 = zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -135,13 +156,21 @@ class Resample(nn.Module):
 
     forward(h [B, C, H, W]) -> [B, C, H/2, W/2] or, with `up`, [B, C, 2H, 2W].
     """
+
     def __init__(self, channels: int, up: bool, groups: int):
         super().__init__()
-        self.up, self.norm, self.conv = up, group_norm(channels, groups), zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.up, self.norm, self.conv = (
+            up,
+            group_norm(channels, groups),
+            zero(nn.Conv2d(channels, channels, 3, padding=1)),
+        )
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         r = F.silu(self.norm(h.float()))
-        if self.up: return F.interpolate(h + self.conv(r), scale_factor=2.0, mode="nearest")    # repeating is linear: both branches at once
+        if self.up:
+            return F.interpolate(
+                h + self.conv(r), scale_factor=2.0, mode="nearest"
+            )  # repeating is linear: both branches at once
         return F.avg_pool2d(h, 2) + self.conv(F.avg_pool2d(r, 2))
 
 # %% ../nbs/05_unet.ipynb #05-unet-025
@@ -149,28 +178,35 @@ def to_tokens(h: torch.Tensor) -> torch.Tensor:
     "[B, C, H, W] -> [B, HW, C], a view where h is channels_last."
     return h.flatten(2).transpose(1, 2)
 
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     r"$\mathrm{softmax}(q k^\top / \sqrt d)\, v$ in every head: q [B, heads, N, d], k and v [B, heads, M, d] -> [B, N, heads·d]."
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
 
 def count_heads(channels: int, head_channels: int) -> int:
     "How many heads of `head_channels`; one of all `channels` where there are fewer. `ValueError` unless they divide, into a multiple of 4 for the position code."
     width = min(channels, head_channels)
     if channels % width or width % 4:
-        raise ValueError(f"head_channels={head_channels}: {channels} channels do not divide into heads of a multiple of 4 channels; choose a head_channels that divides the channels of each stage with attention")
+        raise ValueError(
+            f"head_channels={head_channels}: {channels} channels do not divide into heads of a multiple of 4 channels; choose a head_channels that divides the channels of each stage with attention"
+        )
     return channels // width
 
 # %% ../nbs/05_unet.ipynb #05-unet-029
 class SelfAttention(nn.Module):
     "Every place of h looks at every place of h. forward(h [B, C, H, W]) -> like h."
+
     def __init__(self, channels: int, head_channels: int, groups: int):
         super().__init__()
         self.heads, self.norm = count_heads(channels, head_channels), group_norm(channels, groups)
         self.qkv, self.out = nn.Linear(channels, 3 * channels), zero(nn.Linear(channels, channels))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        x = self.qkv(to_tokens(self.norm(h.float())))                                      # [B, N, 3C]
-        q, k, v = x.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)     # each [B, heads, N, d]
+        x = self.qkv(to_tokens(self.norm(h.float())))  # [B, N, 3C]
+        q, k, v = (
+            x.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        )  # each [B, heads, N, d]
         return h + self.out(attend(q, k, v)).transpose(1, 2).unflatten(2, h.shape[2:])
 
 # %% ../nbs/05_unet.ipynb #05-unet-031
@@ -186,70 +222,130 @@ class CrossAttention(nn.Module):
     The estimate [B, image_channels, R, R] is cut into size² patches without loss; $q = W_q\,\mathrm{GN}(h) + g p$ and $k = W_k e + g p$ with $p$ the
     2-D code of the place and $g$ a gain per head. forward(h [B, C, size, size], estimate) -> like h.
     """
-    def __init__(self, channels: int, size: int, image_channels: int, patch: int, head_channels: int, groups: int):
+
+    def __init__(
+        self, channels: int, size: int, image_channels: int, patch: int, head_channels: int, groups: int
+    ):
         super().__init__()
-        self.patch, self.heads, self.norm = patch, count_heads(channels, head_channels), group_norm(channels, groups)
+        self.patch, self.heads, self.norm = (
+            patch,
+            count_heads(channels, head_channels),
+            group_norm(channels, groups),
+        )
         self.q, self.kv = nn.Linear(channels, channels), nn.Linear(image_channels * patch**2, 2 * channels)
         self.gain, self.out = nn.Parameter(torch.ones(self.heads, 1, 1)), zero(nn.Linear(channels, channels))
         self.register_buffer("position", grid_positions(size, channels // self.heads), persistent=False)
 
     def queries_keys_values(self, h: torch.Tensor, estimate: torch.Tensor):
         "Each [B, heads, size², d]."
-        patches = to_tokens(F.pixel_unshuffle(estimate, self.patch))                        # [B, size², image_channels·patch²]
+        patches = to_tokens(F.pixel_unshuffle(estimate, self.patch))  # [B, size², image_channels·patch²]
         q = self.q(to_tokens(self.norm(h.float()))).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(patches).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        place = (self.gain * self.position).to(q.dtype)                                     # [heads, size², d]
+        place = (self.gain * self.position).to(q.dtype)  # [heads, size², d]
         return q + place, k + place, v
 
     def forward(self, h: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
-        return h + self.out(attend(*self.queries_keys_values(h, estimate))).transpose(1, 2).unflatten(2, h.shape[2:])
+        return h + self.out(attend(*self.queries_keys_values(h, estimate))).transpose(1, 2).unflatten(
+            2, h.shape[2:]
+        )
 
 # %% ../nbs/05_unet.ipynb #05-unet-036
 class Block(nn.Module):
     "A residual block, then self-attention and cross-attention where asked for. forward(h, embedding, estimate) -> [B, out_channels, H, W]."
-    def __init__(self, residual: ResBlock, self_attention: SelfAttention | None, cross_attention: CrossAttention | None):
+
+    def __init__(
+        self, residual: ResBlock, self_attention: SelfAttention | None, cross_attention: CrossAttention | None
+    ):
         super().__init__()
         self.residual, self.self_attention, self.cross_attention = residual, self_attention, cross_attention
 
     def forward(self, h: torch.Tensor, embedding: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
         h = self.residual(h, embedding)
-        if self.self_attention is not None: h = self.self_attention(h)
-        if self.cross_attention is not None: h = self.cross_attention(h, estimate)
+        if self.self_attention is not None:
+            h = self.self_attention(h)
+        if self.cross_attention is not None:
+            h = self.cross_attention(h, estimate)
         return h
+
 
 class Stage(nn.Module):
     "The blocks at one resolution on the way down or up, and the step to the next resolution (None: the last)."
+
     def __init__(self, resolution: int, channels: int, blocks: list[Block], resample: Resample | None):
         super().__init__()
-        self.resolution, self.channels, self.blocks, self.resample = resolution, channels, nn.ModuleList(blocks), resample
+        self.resolution, self.channels, self.blocks, self.resample = (
+            resolution,
+            channels,
+            nn.ModuleList(blocks),
+            resample,
+        )
 
 # %% ../nbs/05_unet.ipynb #05-unet-038
-def check_config(shape, base, multipliers, blocks, dropout, attention, estimate, classes, head_channels, groups) -> None:
+def check_config(
+    shape, base, multipliers, blocks, dropout, attention, estimate, classes, head_channels, groups
+) -> None:
     "Raise `ValueError` naming the first argument of `UNet` that does not fit, with what would."
-    if len(shape) != 3 or min(shape) < 1 or shape[1] != shape[2]: raise ValueError(f"shape={shape}: need (channels, R, R), a square image")
-    for name, v in dict(base=base, blocks=blocks, head_channels=head_channels, groups=groups, **{f"multipliers[{i}]": m for i, m in enumerate(multipliers)}).items():
-        if isinstance(v, bool) or not isinstance(v, numbers.Integral) or v < 1: raise ValueError(f"{name}={v!r}: need an integer >= 1")
-    if not multipliers: raise ValueError("multipliers=(): need at least one stage")
+    if len(shape) != 3 or min(shape) < 1 or shape[1] != shape[2]:
+        raise ValueError(f"shape={shape}: need (channels, R, R), a square image")
+    for name, v in dict(
+        base=base,
+        blocks=blocks,
+        head_channels=head_channels,
+        groups=groups,
+        **{f"multipliers[{i}]": m for i, m in enumerate(multipliers)},
+    ).items():
+        if isinstance(v, bool) or not isinstance(v, numbers.Integral) or v < 1:
+            raise ValueError(f"{name}={v!r}: need an integer >= 1")
+    if not multipliers:
+        raise ValueError("multipliers=(): need at least one stage")
     if shape[1] % 2 ** (len(multipliers) - 1):
-        raise ValueError(f"shape={shape}: {shape[1]} px cannot be halved {len(multipliers) - 1} times; need a multiple of {2 ** (len(multipliers) - 1)}, or fewer multipliers")
-    if not 0 <= dropout < 1: raise ValueError(f"dropout={dropout}: need 0 <= dropout < 1")
-    if classes is not None and (isinstance(classes, bool) or not isinstance(classes, numbers.Integral) or classes < 1): raise ValueError(f"classes={classes}: need an integer >= 1, or None for an unconditional network")
+        raise ValueError(
+            f"shape={shape}: {shape[1]} px cannot be halved {len(multipliers) - 1} times; need a multiple of {2 ** (len(multipliers) - 1)}, or fewer multipliers"
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: need 0 <= dropout < 1")
+    if classes is not None and (
+        isinstance(classes, bool) or not isinstance(classes, numbers.Integral) or classes < 1
+    ):
+        raise ValueError(f"classes={classes}: need an integer >= 1, or None for an unconditional network")
     has = [shape[1] >> i for i in range(len(multipliers))]
     for name, v in (("attention", attention), ("estimate", estimate)):
-        if set(v) - set(has): raise ValueError(f"{name}={v}: no stage has resolution {sorted(set(v) - set(has))}; this network has {has}")
+        if set(v) - set(has):
+            raise ValueError(
+                f"{name}={v}: no stage has resolution {sorted(set(v) - set(has))}; this network has {has}"
+            )
 
 # %% ../nbs/05_unet.ipynb #05-unet-040
-def check_call(net, x_t: torch.Tensor, t: torch.Tensor, x0_estimate: torch.Tensor, label: torch.Tensor | None) -> None:
+def check_call(
+    net, x_t: torch.Tensor, t: torch.Tensor, x0_estimate: torch.Tensor, label: torch.Tensor | None
+) -> None:
     "Raise `ValueError` on inputs that `net` cannot take. Label values are read on the CPU only: reading them stalls a GPU's queue and breaks a compiled graph."
-    if x_t.ndim != 4 or x_t.shape[1:] != net.shape: raise ValueError(f"x_t has shape {tuple(x_t.shape)}; expected [B, {', '.join(map(str, net.shape))}]")
-    if x0_estimate.shape != x_t.shape: raise ValueError(f"x0_estimate has shape {tuple(x0_estimate.shape)}; expected that of x_t, {tuple(x_t.shape)}")
+    if x_t.ndim != 4 or x_t.shape[1:] != net.shape:
+        raise ValueError(f"x_t has shape {tuple(x_t.shape)}; expected [B, {', '.join(map(str, net.shape))}]")
+    if x0_estimate.shape != x_t.shape:
+        raise ValueError(
+            f"x0_estimate has shape {tuple(x0_estimate.shape)}; expected that of x_t, {tuple(x_t.shape)}"
+        )
     for name, v in (("t", t), ("label", label)):
-        if v is None: continue
-        if v.shape != x_t.shape[:1] or v.dtype not in (torch.int64, torch.int32): raise ValueError(f"{name} is {v.dtype} {tuple(v.shape)}; expected integers ({len(x_t)},), one for each sample")
-    if label is None and net.classes is not None: raise ValueError(f"label=None, but the network is conditional: give a label in 0..{net.classes - 1} for each sample")
-    if label is not None and net.classes is None: raise ValueError("a label was given, but the network is unconditional: leave label=None, or build it with classes=…")
+        if v is None:
+            continue
+        if v.shape != x_t.shape[:1] or v.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"{name} is {v.dtype} {tuple(v.shape)}; expected integers ({len(x_t)},), one for each sample"
+            )
+    if label is None and net.classes is not None:
+        raise ValueError(
+            f"label=None, but the network is conditional: give a label in 0..{net.classes - 1} for each sample"
+        )
+    if label is not None and net.classes is None:
+        raise ValueError(
+            "a label was given, but the network is unconditional: leave label=None, or build it with classes=…"
+        )
     if label is not None and label.device.type == "cpu" and not torch.compiler.is_compiling() and len(label):
-        if label.min() < 0 or label.max() >= net.classes: raise ValueError(f"label ranges over {label.min().item()}..{label.max().item()}; it must stay in 0..{net.classes - 1}")
+        if label.min() < 0 or label.max() >= net.classes:
+            raise ValueError(
+                f"label ranges over {label.min().item()}..{label.max().item()}; it must stay in 0..{net.classes - 1}"
+            )
 
 # %% ../nbs/05_unet.ipynb #05-unet-042
 class UNet(nn.Module):
@@ -261,11 +357,33 @@ class UNet(nn.Module):
     The attribute `recompute` (False): in training keep each block's input alone, and evaluate the block again in the backward pass.
     Numbers, tuples and None, kept in `config`: `UNet(**net.config)` is the same network. Raises `ValueError` on sizes that do not fit together.
     """
-    def __init__(self, shape: tuple = (3, 32, 32), base: int = 128, multipliers: tuple = (1, 2, 2, 2), blocks: int = 3, dropout: float = 0.0,
-                 attention: tuple = (16, 8), estimate: tuple = (16, 8), classes: int | None = None, head_channels: int = 64, groups: int = 32):
+
+    def __init__(
+        self,
+        shape: tuple = (3, 32, 32),
+        base: int = 128,
+        multipliers: tuple = (1, 2, 2, 2),
+        blocks: int = 3,
+        dropout: float = 0.0,
+        attention: tuple = (16, 8),
+        estimate: tuple = (16, 8),
+        classes: int | None = None,
+        head_channels: int = 64,
+        groups: int = 32,
+    ):
         super().__init__()
-        self.config = dict(shape=tuple(shape), base=base, multipliers=tuple(multipliers), blocks=blocks, dropout=dropout, attention=tuple(attention),
-                           estimate=tuple(estimate), classes=classes, head_channels=head_channels, groups=groups)
+        self.config = dict(
+            shape=tuple(shape),
+            base=base,
+            multipliers=tuple(multipliers),
+            blocks=blocks,
+            dropout=dropout,
+            attention=tuple(attention),
+            estimate=tuple(estimate),
+            classes=classes,
+            head_channels=head_channels,
+            groups=groups,
+        )
         check_config(**self.config)
         self.shape, self.classes, self.recompute, last = tuple(shape), classes, False, len(multipliers) - 1
         sizes, channels = [shape[1] >> i for i in range(last + 1)], [base * m for m in multipliers]
@@ -273,45 +391,89 @@ class UNet(nn.Module):
         def block(i: int, c_in: int, first: bool, attends: bool) -> Block:
             "A block of stage i; the `first` of a stage reads the estimate where that resolution is named."
             size, c_out = sizes[i], channels[i]
-            cross = CrossAttention(c_out, size, shape[0], shape[1] // size, head_channels, groups) if first and size in estimate else None
-            return Block(ResBlock(c_in, c_out, 4 * base, dropout, groups), SelfAttention(c_out, head_channels, groups) if attends else None, cross)
+            cross = (
+                CrossAttention(c_out, size, shape[0], shape[1] // size, head_channels, groups)
+                if first and size in estimate
+                else None
+            )
+            return Block(
+                ResBlock(c_in, c_out, 4 * base, dropout, groups),
+                SelfAttention(c_out, head_channels, groups) if attends else None,
+                cross,
+            )
 
-        self.embedding, self.stem = Embedding(base, 4 * base, classes), nn.Conv2d(shape[0], base, 3, padding=1)
+        self.embedding, self.stem = (
+            Embedding(base, 4 * base, classes),
+            nn.Conv2d(shape[0], base, 3, padding=1),
+        )
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        c, skips = base, [base]                                     # channels of the signal, and of each activation kept for the way up
+        c, skips = base, [base]  # channels of the signal, and of each activation kept for the way up
         for i in range(last + 1):
-            row = [block(i, c if j == 0 else channels[i], j == 0, sizes[i] in attention) for j in range(blocks)]
-            self.down.append(Stage(sizes[i], channels[i], row, Resample(channels[i], False, groups) if i < last else None))
+            row = [
+                block(i, c if j == 0 else channels[i], j == 0, sizes[i] in attention) for j in range(blocks)
+            ]
+            self.down.append(
+                Stage(sizes[i], channels[i], row, Resample(channels[i], False, groups) if i < last else None)
+            )
             c, skips = channels[i], skips + [channels[i]] * (blocks + (i < last))
         self.middle = nn.ModuleList([block(last, c, False, True), block(last, c, False, False)])
         for i in reversed(range(last + 1)):
-            row = [block(i, (c if j == 0 else channels[i]) + skips.pop(), j == 0, sizes[i] in attention) for j in range(blocks + 1)]
-            self.up.append(Stage(sizes[i], channels[i], row, Resample(channels[i], True, groups) if i else None))
+            row = [
+                block(i, (c if j == 0 else channels[i]) + skips.pop(), j == 0, sizes[i] in attention)
+                for j in range(blocks + 1)
+            ]
+            self.up.append(
+                Stage(sizes[i], channels[i], row, Resample(channels[i], True, groups) if i else None)
+            )
             c = channels[i]
-        self.head = nn.Sequential(group_norm(c, groups), nn.SiLU(), zero(nn.Conv2d(c, shape[0], 3, padding=1)))
-        for number, m in enumerate(m for m in self.modules() if isinstance(m, Dropout)): m.number = number
+        self.head = nn.Sequential(
+            group_norm(c, groups), nn.SiLU(), zero(nn.Conv2d(c, shape[0], 3, padding=1))
+        )
+        for number, m in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
+            m.number = number
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, x0_estimate: torch.Tensor, label: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x_t: torch.Tensor, t: torch.Tensor, x0_estimate: torch.Tensor, label: torch.Tensor | None = None
+    ) -> torch.Tensor:
         "x_t, x0_estimate [B, C, R, R]; t long [B] in 0..T; label long [B] in 0..classes-1 (None without classes). Returns F_θ like x_t."
         check_call(self, x_t, t, x0_estimate, label)
         e, estimate = self.embedding(t, label), x0_estimate
         keeps_all = not (self.recompute and torch.is_grad_enabled())
-        call = (lambda block, *inputs: block(*inputs)) if keeps_all else partial(checkpoint, use_reentrant=False)
-        h = self.stem(x_t.contiguous(memory_format=torch.channels_last if x_t.is_cuda else torch.contiguous_format))
+        call = (
+            (lambda block, *inputs: block(*inputs)) if keeps_all else partial(checkpoint, use_reentrant=False)
+        )
+        h = self.stem(
+            x_t.contiguous(memory_format=torch.channels_last if x_t.is_cuda else torch.contiguous_format)
+        )
         skips = [h]
         for stage in self.down:
-            for block in stage.blocks: skips.append(h := call(block, h, e, estimate))
-            if stage.resample is not None: skips.append(h := stage.resample(h))
-        for block in self.middle: h = call(block, h, e, estimate)
+            for block in stage.blocks:
+                skips.append(h := call(block, h, e, estimate))
+            if stage.resample is not None:
+                skips.append(h := stage.resample(h))
+        for block in self.middle:
+            h = call(block, h, e, estimate)
         for stage in self.up:
-            for block in stage.blocks: h = call(block, torch.cat([h, skips.pop()], 1), e, estimate)
-            if stage.resample is not None: h = stage.resample(h)
-        with full_precision(h): return self.head(h.float()).to(x_t.dtype)
+            for block in stage.blocks:
+                h = call(block, torch.cat([h, skips.pop()], 1), e, estimate)
+            if stage.resample is not None:
+                h = stage.resample(h)
+        with full_precision(h):
+            return self.head(h.float()).to(x_t.dtype)
 
 # %% ../nbs/05_unet.ipynb #05-unet-051
 def describe(net: UNet) -> dict[str, int]:
     "Parameters of each part of `net`, and their total."
-    kinds = {"residual blocks": ResBlock, "self-attention": SelfAttention, "cross-attention": CrossAttention, "resampling": Resample, "time and label": Embedding}
-    count = {name: sum(p.numel() for m in net.modules() if isinstance(m, kind) for p in m.parameters()) for name, kind in kinds.items()}
+    kinds = {
+        "residual blocks": ResBlock,
+        "self-attention": SelfAttention,
+        "cross-attention": CrossAttention,
+        "resampling": Resample,
+        "time and label": Embedding,
+    }
+    count = {
+        name: sum(p.numel() for m in net.modules() if isinstance(m, kind) for p in m.parameters())
+        for name, kind in kinds.items()
+    }
     total = sum(p.numel() for p in net.parameters())
     return {**count, "stem and head": total - sum(count.values()), "total": total}

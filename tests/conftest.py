@@ -1,8 +1,10 @@
 "Each worker and each process it starts uses one thread: two workers on two cores must not fight over them."
+
 import os
 import pathlib
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ[variable] = "1"
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[variable] = "1"
 os.environ["MPLBACKEND"] = "agg"
 
 import pytest
@@ -15,7 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def root(): return ROOT
+def root():
+    return ROOT
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +31,8 @@ def cifar10_copy():
 
 
 class Blank(FeatureExtractorInceptionV3):
-    def load_state_dict(self, state): pass
+    def load_state_dict(self, state):
+        pass
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +44,7 @@ def random_inception(tmp_path_factory):
         torch.manual_seed(0)
         model = Blank("blank", ["2048"], feature_extractor_weights_path=str(path))
         for p in model.parameters():
-            if p.ndim > 1: nn.init.kaiming_normal_(p)
+            if p.ndim > 1:
+                nn.init.kaiming_normal_(p)
     torch.save(model.state_dict(), path)
     return path

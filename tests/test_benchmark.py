@@ -1,4 +1,5 @@
 "The computed floors and the comparison with other libraries, in the benchmark notebook."
+
 import json
 
 import nbformat
@@ -37,10 +38,13 @@ def network_flops(name):
     return counter.get_total_flops() / 2
 
 
-@pytest.mark.parametrize("name, gflop, seconds, hours", [
-    ("cifar10", 47.7, (0.172, 0.121), (2.4, 1.7)),
-    ("imagenet64", 494.2, (1.787, 1.251), (331, 232)),
-])
+@pytest.mark.parametrize(
+    "name, gflop, seconds, hours",
+    [
+        ("cifar10", 47.7, (0.172, 0.121), (2.4, 1.7)),
+        ("imagenet64", 494.2, (1.787, 1.251), (331, 232)),
+    ],
+)
 def test_floors_of_the_papers_runs(names, name, gflop, seconds, hours):
     "Figures worked out by hand: images x epochs x operations, over the share of 790 TFLOP/s."
     flops = network_flops(name)
@@ -66,7 +70,7 @@ def test_floor_of_a_checkpoint_is_what_a_run_says(names, tmp_path):
 
 def test_committed_tables_are_what_the_cells_compute(cells, names):
     "Presets, parameters and operations in the committed outputs."
-    source = next(c for c in cells if "results[\"floors, computed\"]" in c.source)
+    source = next(c for c in cells if 'results["floors, computed"]' in c.source)
     text = "".join(o.data.get("text/markdown", "") for c in cells if c is source for o in c.outputs)
     rows = {line.split("|")[1].strip(" `"): line.split("|")[2:4] for line in text.splitlines()[2:]}
     assert list(rows) == list(names["FLOOR_PRESETS"])

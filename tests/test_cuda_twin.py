@@ -534,9 +534,7 @@ def test_training_in_bfloat16(objective, few_images, tmp_path):
         training.Run(tiny(device="cpu", objective=objective, net=TWO_STAGES), tmp_path / "cpu"), 3
     )
     with cuda_twin():
-        run = training.Run(
-            tiny(objective=objective, net=TWO_STAGES, precision="bfloat16"), tmp_path / "cuda"
-        )
+        run = training.Run(tiny(objective=objective, net=TWO_STAGES, precision="bfloat16"), tmp_path / "cuda")
         seen = Counter()
         unet = next(m for m in run.model.modules() if isinstance(m, UNet))
         unet.stem.register_forward_hook(lambda module, inputs, output: seen.update([output.dtype]))

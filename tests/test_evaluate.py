@@ -1,4 +1,5 @@
 "The evaluation job, as a user starts it: what it leaves, what it refuses, and that an interrupted one ends where an unbroken one does."
+
 import json
 import pathlib
 import runpy
@@ -26,15 +27,31 @@ SMALL = dict(epochs=1, batch=600, net=dict(base=16, attention=[], estimate=[4]),
 
 
 def command(root, output, parameters):
-    return [sys.executable, "-m", "papermill", str(root / "nbs" / "evaluate.ipynb"), str(output), "-y", "{" + parameters + "}", "--no-progress-bar"]
+    return [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(root / "nbs" / "evaluate.ipynb"),
+        str(output),
+        "-y",
+        "{" + parameters + "}",
+        "--no-progress-bar",
+    ]
 
 
-def papermill(root, output, parameters): return subprocess.run(command(root, output, parameters), cwd=root, capture_output=True, text=True)
+def papermill(root, output, parameters):
+    return subprocess.run(command(root, output, parameters), cwd=root, capture_output=True, text=True)
 
 
 def printed(path):
     "All that the notebook at `path` printed."
-    return "\n".join(o.text for c in nbformat.read(path, 4).cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream")
+    return "\n".join(
+        o.text
+        for c in nbformat.read(path, 4).cells
+        if c.cell_type == "code"
+        for o in c.outputs
+        if o.output_type == "stream"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +65,16 @@ def test_interrupted_and_damaged_ends_in_the_numbers_of_the_library(root, run, t
     rest, and every number is what the library gives for samples drawn in one go."""
     out = tmp_path / "results"
     parameters = f"run: {run}, out: {out}, n: 80, batch_size: 40, steps: [3, 1, 200], seeds: [0, 1], all_seeds_to: 3, device: cpu"
-    process = subprocess.Popen(command(root, tmp_path / "broken.ipynb", parameters), cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))          # a background job's shell ignores it
+    process = subprocess.Popen(
+        command(root, tmp_path / "broken.ipynb", parameters),
+        cwd=root,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # a background job's shell ignores it
     until = time.monotonic() + 300
-    while not (pieces := sorted(out.glob("samples/*/seed0-steps3.safetensors"))) and time.monotonic() < until: time.sleep(0.02)
+    while not (pieces := sorted(out.glob("samples/*/seed0-steps3.safetensors"))) and time.monotonic() < until:
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     assert process.wait(120) != 0 and not (out / "results.json").exists()
     first, third = pieces[0].with_name("seed0-steps1.safetensors"), pieces[0]
@@ -63,49 +86,107 @@ def test_interrupted_and_damaged_ends_in_the_numbers_of_the_library(root, run, t
     done = papermill(root, tmp_path / "again.ipynb", parameters)
     assert done.returncode == 0, done.stderr[-3000:]
     text = printed(tmp_path / "again.ipynb")
-    assert first.stat().st_mtime_ns == written and "seed0-steps3.safetensors is made again: it is damaged" in text and f"the scores in {scores.name} are made again: the file is damaged" in text and "tiny: lowest FD-digits" in text
+    assert (
+        first.stat().st_mtime_ns == written
+        and "seed0-steps3.safetensors is made again: it is damaged" in text
+        and f"the scores in {scores.name} are made again: the file is damaged" in text
+        and "tiny: lowest FD-digits" in text
+    )
     found, about = load_results(out / "results.json")
-    assert list(found) == [f"tiny, {s} steps, seed {k}" for k, s in ((0, 1), (0, 3), (0, 200), (1, 1), (1, 3))] + ["noise"]
-    assert about["cells"]["tiny, 3 steps, seed 1"] == dict(run="tiny", steps=3, seed=1) and about["subjects"]["tiny"]["sampler"] == "fixed"
+    assert list(found) == [
+        f"tiny, {s} steps, seed {k}" for k, s in ((0, 1), (0, 3), (0, 200), (1, 1), (1, 3))
+    ] + ["noise"]
+    assert (
+        about["cells"]["tiny, 3 steps, seed 1"] == dict(run="tiny", steps=3, seed=1)
+        and about["subjects"]["tiny"]["sampler"] == "fixed"
+    )
     metrics = ("fd", "precision", "recall", "diversity", "mean shift", "confident")
     for seed, steps in ((0, (1, 3, 200)), (1, (1, 3))):
         for s, x in generate(load(run), "fixed", 80, steps, seed, batch_size=40).items():
             scored = found[f"tiny, {s} steps, seed {seed}"]
             assert 0 <= scored["copies"].value <= 1
-            expected = evaluate(x, digits(), "digits", metrics, seed=seed, device="cpu", cache=False, progress=False)
+            expected = evaluate(
+                x, digits(), "digits", metrics, seed=seed, device="cpu", cache=False, progress=False
+            )
             assert scored.keys() == expected.keys() | {"copies"}
             for name, r in expected.items():
                 check_kind(scored[name], r)
-                assert (scored[name].value, scored[name].seed) == (pytest.approx(r.value, rel=1e-4, abs=1e-6), seed), name
+                assert (scored[name].value, scored[name].seed) == (
+                    pytest.approx(r.value, rel=1e-4, abs=1e-6),
+                    seed,
+                ), name
 
 
 def test_two_runs_with_another_sampler(root, run, tmp_path):
     "Several runs side by side, each with the sampler of its objective, one table for all."
     other = train(preset("digits", objective="regression", **SMALL), tmp_path / "regression", progress=False)
-    done = papermill(root, tmp_path / "out.ipynb", f"runs: [{run}, {other}], out: {tmp_path / 'results'}, n: 80, steps: [1, 4], seeds: [3], device: cpu")
+    done = papermill(
+        root,
+        tmp_path / "out.ipynb",
+        f"runs: [{run}, {other}], out: {tmp_path / 'results'}, n: 80, steps: [1, 4], seeds: [3], device: cpu",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found, about = load_results(tmp_path / "results" / "results.json")
-    assert {name: s["sampler"] for name, s in about["subjects"].items()} == {"tiny": "fixed", "regression": "ddim"}
-    again = papermill(root, tmp_path / "again.ipynb", f"run: {run}, sampler: renoise, out: {tmp_path / 'renoise'}, n: 80, steps: [4], seeds: [3], device: cpu")
+    assert {name: s["sampler"] for name, s in about["subjects"].items()} == {
+        "tiny": "fixed",
+        "regression": "ddim",
+    }
+    again = papermill(
+        root,
+        tmp_path / "again.ipynb",
+        f"run: {run}, sampler: renoise, out: {tmp_path / 'renoise'}, n: 80, steps: [4], seeds: [3], device: cpu",
+    )
     assert again.returncode == 0, again.stderr[-3000:]
     images = load_file(next((tmp_path / "renoise" / "samples").rglob("seed3-steps4.safetensors")))["images"]
-    assert (images.int() - encode(generate(load(run), "renoise", 80, (4,), seed=3)[4], torch.uint8).int()).abs().max() <= 1     # this model reads its estimate
-    expected = evaluate(generate(load(other), "ddim", 80, (4,), seed=3)[4], digits(), "digits", "fd", seed=3, device="cpu", cache=False, progress=False)
-    assert found["regression, 4 steps, seed 3"]["FD-digits"].value == pytest.approx(expected["FD-digits"].value, rel=1e-4)
+    assert (
+        images.int() - encode(generate(load(run), "renoise", 80, (4,), seed=3)[4], torch.uint8).int()
+    ).abs().max() <= 1  # this model reads its estimate
+    expected = evaluate(
+        generate(load(other), "ddim", 80, (4,), seed=3)[4],
+        digits(),
+        "digits",
+        "fd",
+        seed=3,
+        device="cpu",
+        cache=False,
+        progress=False,
+    )
+    assert found["regression, 4 steps, seed 3"]["FD-digits"].value == pytest.approx(
+        expected["FD-digits"].value, rel=1e-4
+    )
 
 
 def test_cifar10_runs_are_judged_by_cifar(root, tmp_path):
     "A run on CIFAR-10 of class folders, and no word about the extractor: the small network of that data judges, under its name."
     for k, name in enumerate(CIFAR10):
         (tmp_path / "c10" / name).mkdir(parents=True)
-        for i in range(4): Image.fromarray(np.random.default_rng(10 * k + i).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / "c10" / name / f"{i}.png")
-    config = preset("cifar10-small", data_path=str(tmp_path / "c10"), epochs=1, batch=20, net=dict(base=8, attention=[], estimate=[8]), sample_every=0, device="cpu")
+        for i in range(4):
+            Image.fromarray(
+                np.random.default_rng(10 * k + i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            ).save(tmp_path / "c10" / name / f"{i}.png")
+    config = preset(
+        "cifar10-small",
+        data_path=str(tmp_path / "c10"),
+        epochs=1,
+        batch=20,
+        net=dict(base=8, attention=[], estimate=[8]),
+        sample_every=0,
+        device="cpu",
+    )
     run = train(config, tmp_path / "small", progress=False)
-    done = papermill(root, tmp_path / "out.ipynb", f"run: {run}, out: {tmp_path / 'results'}, n: 20, steps: [1, 3], seeds: [0], device: cpu")
+    done = papermill(
+        root,
+        tmp_path / "out.ipynb",
+        f"run: {run}, out: {tmp_path / 'results'}, n: 20, steps: [1, 3], seeds: [0], device: cpu",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found, about = load_results(tmp_path / "results" / "results.json")
     scored = found["small, 3 steps, seed 0"]
-    assert about["distance"] == "FD-cifar" and (scored["FD-cifar"].n, scored["FD-cifar"].reference_n, scored["FD-cifar"].extractor) == (20, 40, "cifar")
+    assert about["distance"] == "FD-cifar" and (
+        scored["FD-cifar"].n,
+        scored["FD-cifar"].reference_n,
+        scored["FD-cifar"].extractor,
+    ) == (20, 40, "cifar")
 
 
 @pytest.mark.slow
@@ -113,33 +194,63 @@ def test_inception_from_a_file_as_a_job(root, tmp_path, random_inception):
     "The path of the paper's own numbers, at a dozen images and random weights: their name says that it is no FID."
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for k in range(60): Image.fromarray(np.random.default_rng(k).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{k:02d}.png")
-    config = TrainConfig(data=str(folder), shape=(3, 16, 16), epochs=1, batch=30, net=dict(base=8, multipliers=(1,), blocks=1, attention=(), estimate=(16,)), sample_every=0, device="cpu")
+    for k in range(60):
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+            folder / f"{k:02d}.png"
+        )
+    config = TrainConfig(
+        data=str(folder),
+        shape=(3, 16, 16),
+        epochs=1,
+        batch=30,
+        net=dict(base=8, multipliers=(1,), blocks=1, attention=(), estimate=(16,)),
+        sample_every=0,
+        device="cpu",
+    )
     run = train(config, tmp_path / "colour", progress=False)
-    done = papermill(root, tmp_path / "out.ipynb", f"run: {run}, out: {tmp_path / 'results'}, n: 12, steps: [1, 2], seeds: [0], extractor: inception, weights: {random_inception}, batch_size: 12, device: cpu")
+    done = papermill(
+        root,
+        tmp_path / "out.ipynb",
+        f"run: {run}, out: {tmp_path / 'results'}, n: 12, steps: [1, 2], seeds: [0], extractor: inception, weights: {random_inception}, batch_size: 12, device: cpu",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found, _ = load_results(tmp_path / "results" / "results.json")
-    assert set(found["colour, 1 steps, seed 0"]) == {"FD-inception", "IS-inception", "precision", "recall", "diversity", "mean shift", "copies"}
+    assert set(found["colour, 1 steps, seed 0"]) == {
+        "FD-inception",
+        "IS-inception",
+        "precision",
+        "recall",
+        "diversity",
+        "mean shift",
+        "copies",
+    }
     assert "is no FID" in printed(tmp_path / "out.ipynb")
 
 
-@pytest.mark.parametrize("parameters, message", [
-    ("run: {run}, step: [1]", "unknown parameter step; the parameters are run"),
-    ("run: {run}, steps: '[1, 2]'", "steps='[1, 2]': must be a list of different integers >= 1"),
-    ("run: {run}, seeds: [0, 0]", "seeds=[0, 0]: must be a list of different integers >= 0"),
-    ("run: 5", "run=5: must be a path"),
-    ("run: {empty}", "holds no config.json: it is no run directory"),
-    ("run: {moved}", "gone.zip' is neither a path that exists"),
-    ("run: {run}, extractor: inception, weights: {empty}/inception.pth", "inception.pth' is not a file"),
-    ("run: {run}, extractor: cifar, n: 20", "(1, 8, 8)"),
-])
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ("run: {run}, step: [1]", "unknown parameter step; the parameters are run"),
+        ("run: {run}, steps: '[1, 2]'", "steps='[1, 2]': must be a list of different integers >= 1"),
+        ("run: {run}, seeds: [0, 0]", "seeds=[0, 0]: must be a list of different integers >= 0"),
+        ("run: 5", "run=5: must be a path"),
+        ("run: {empty}", "holds no config.json: it is no run directory"),
+        ("run: {moved}", "gone.zip' is neither a path that exists"),
+        ("run: {run}, extractor: inception, weights: {empty}/inception.pth", "inception.pth' is not a file"),
+        ("run: {run}, extractor: cifar, n: 20", "(1, 8, 8)"),
+    ],
+)
 def test_refuses_before_sampling(root, run, tmp_path, parameters, message):
     empty, moved = tmp_path / "empty", tmp_path / "moved"
     empty.mkdir()
     shutil.copytree(run, moved, ignore=shutil.ignore_patterns("evaluation"))
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**config, "data": str(tmp_path / "gone.zip")}))
-    done = papermill(root, tmp_path / "out.ipynb", f"out: {tmp_path / 'results'}, device: cpu, " + parameters.format(run=run, empty=empty, moved=moved))
+    done = papermill(
+        root,
+        tmp_path / "out.ipynb",
+        f"out: {tmp_path / 'results'}, device: cpu, " + parameters.format(run=run, empty=empty, moved=moved),
+    )
     assert done.returncode == 1 and message in done.stderr, done.stderr[-2000:]
     assert not list(tmp_path.rglob("samples/*/seed*"))
 
@@ -152,21 +263,58 @@ def results_script():
 
 def made_up(value, seed, metric="FD-digits", **other):
     "A Result with a value of the test's choosing."
-    return Result(**{**dict(metric=metric, value=value, n=50, reference_n=100, reference="r", extractor="digits", weights="0123456789", resize="none", seed=seed, floor=2.0), **other})
+    return Result(
+        **{
+            **dict(
+                metric=metric,
+                value=value,
+                n=50,
+                reference_n=100,
+                reference="r",
+                extractor="digits",
+                weights="0123456789",
+                resize="none",
+                seed=seed,
+                floor=2.0,
+            ),
+            **other,
+        }
+    )
 
 
 def test_results_tables(results_script, tmp_path):
     "Means and standard deviations over seeds; numbers of different kinds are refused."
     cells = {f"a, 1 steps, seed {k}": dict(run="a", steps=1, seed=k) for k in (0, 1)}
-    about = dict(cells=cells, distance="FD-digits", data="digits", real=dict(n=50, reference_n=50, precision=0.9, recall=0.8), subjects=dict(a=dict(objective="paper", sampler="fixed", epochs=3, budget="few images")))
-    runs = {**{label: {"FD-digits": made_up(10.0 + 2 * k, k)} for k, label in enumerate(cells)}, "noise": {"FD-digits": made_up(99.0, 0)}}
+    about = dict(
+        cells=cells,
+        distance="FD-digits",
+        data="digits",
+        real=dict(n=50, reference_n=50, precision=0.9, recall=0.8),
+        subjects=dict(a=dict(objective="paper", sampler="fixed", epochs=3, budget="few images")),
+    )
+    runs = {
+        **{label: {"FD-digits": made_up(10.0 + 2 * k, k)} for k, label in enumerate(cells)},
+        "noise": {"FD-digits": made_up(99.0, 0)},
+    }
     save_results(tmp_path / "evaluate-a.json", runs, **about)
     text = results_script["section"](tmp_path / "evaluate-a.json")
-    assert "| 1 | 11.0 ± 1.4 |" in text and "| noise | 99.0 |" in text and "| real images, expected | 2 |" in text and "n = 50 against the 100 images of digits" in text
-    save_results(tmp_path / "evaluate-a.json", {**runs, "a, 1 steps, seed 1": {"FD-digits": made_up(12.0, 1, n=60)}}, **about)
-    with pytest.raises(ValueError, match="n is 50 in one and 60 in the other"): results_script["section"](tmp_path / "evaluate-a.json")
+    assert (
+        "| 1 | 11.0 ± 1.4 |" in text
+        and "| noise | 99.0 |" in text
+        and "| real images, expected | 2 |" in text
+        and "n = 50 against the 100 images of digits" in text
+    )
+    save_results(
+        tmp_path / "evaluate-a.json",
+        {**runs, "a, 1 steps, seed 1": {"FD-digits": made_up(12.0, 1, n=60)}},
+        **about,
+    )
+    with pytest.raises(ValueError, match="n is 50 in one and 60 in the other"):
+        results_script["section"](tmp_path / "evaluate-a.json")
 
 
 def test_readme_has_the_tables_of_the_committed_results(root):
-    made = subprocess.run([sys.executable, root / ".ci" / "results.py", "--check"], capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, root / ".ci" / "results.py", "--check"], capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stdout + made.stderr

@@ -1,4 +1,5 @@
 "The explorer's widgets: files, memory, bad input without a browser; and JupyterLab with a real one, driven through its DevTools protocol."
+
 import base64
 import contextlib
 import io
@@ -31,13 +32,15 @@ def wait_for(what, check, seconds=120):
     "The first true answer of `check`; fails naming `what` when there is none in time."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if answer := check(): return answer
+        if answer := check():
+            return answer
         time.sleep(0.2)
     pytest.fail(f"waited {seconds} s for {what}")
 
 
 class Halving(nn.Module):
     "f = half the estimate: a trajectory that is known. `seconds`: how long a step takes."
+
     def __init__(self, shape=(1, 8, 8), seconds=0.0):
         super().__init__()
         self.shape, self.seconds, self.w = shape, seconds, nn.Parameter(torch.zeros(1))
@@ -47,20 +50,31 @@ class Halving(nn.Module):
         return x_t - estimate / 2 + self.w
 
 
-def halving(**options): return DDDM(Halving(**options), VPSchedule())
+def halving(**options):
+    return DDDM(Halving(**options), VPSchedule())
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A run of three steps."
-    config = presets.preset("digits", epochs=1, batch=600, checkpoint_every=3, sample_every=0, device="cpu", net=dict(base=16, attention=[], estimate=[4]))
+    config = presets.preset(
+        "digits",
+        epochs=1,
+        batch=600,
+        checkpoint_every=3,
+        sample_every=0,
+        device="cpu",
+        net=dict(base=16, attention=[], estimate=[4]),
+    )
     return training.train(config, tmp_path_factory.mktemp("runs") / "short", progress=False)
 
 
-def told(explorer): return explorer.message.value
+def told(explorer):
+    return explorer.message.value
 
 
 # Shipped models
+
 
 def test_shipped_files_are_the_pinned_ones():
     assert set(explore.shipped()) == set(explore.SHIPPED)
@@ -69,7 +83,10 @@ def test_shipped_files_are_the_pinned_ones():
         path = explore.shipped_file(name)
         total += path.stat().st_size
         about, model = explore.about_model(path), explore.shipped_model(name)
-        assert about["command"].startswith("papermill nbs/train.ipynb") and about["objective"] == about["config"]["objective"]
+        assert (
+            about["command"].startswith("papermill nbs/train.ipynb")
+            and about["objective"] == about["config"]["objective"]
+        )
         assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
     assert total < 1.5e6
 
@@ -79,86 +96,151 @@ def test_a_damaged_or_missing_shipped_file_is_named(tmp_path, monkeypatch):
     blob = bytearray((explore.WEIGHTS / file).read_bytes())
     blob[-1] ^= 1
     monkeypatch.setattr(explore, "WEIGHTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="missing"): explore.shipped_model(name)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        explore.shipped_model(name)
     (tmp_path / file).write_bytes(blob)
-    with pytest.raises(ValueError, match="not the file that belongs to this version"): explore.shipped_model(name)
+    with pytest.raises(ValueError, match="not the file that belongs to this version"):
+        explore.shipped_model(name)
     assert "dddm-wrong" in told(explore.StepExplorer(name, steps=2).wait())
 
 
 def test_export_keeps_what_a_run_is(run, tmp_path, capsys):
-    explore.main([str(run), str(tmp_path / "model.safetensors"), "--description", "short", "--command", "a test"])
+    explore.main(
+        [str(run), str(tmp_path / "model.safetensors"), "--description", "short", "--command", "a test"]
+    )
     assert capsys.readouterr().out.strip() == training.sha256(tmp_path / "model.safetensors")
-    about, (model, data) = explore.about_model(tmp_path / "model.safetensors"), explore.open_model(tmp_path / "model.safetensors")
+    about, (model, data) = (
+        explore.about_model(tmp_path / "model.safetensors"),
+        explore.open_model(tmp_path / "model.safetensors"),
+    )
     of_the_run = json.loads((run / "config.json").read_text())
     assert about["config"] == {k: v for k, v in of_the_run.items() if k not in training.MACHINE}
     assert about["description"] == "short" and data == "digits"
-    for a, b in zip(model.parameters(), training.load(run).parameters()): assert torch.equal(a, b.half().float())
-    with pytest.raises(SystemExit): explore.main([str(tmp_path), str(tmp_path / "x.safetensors"), "--description", "", "--command", ""])
+    for a, b in zip(model.parameters(), training.load(run).parameters()):
+        assert torch.equal(a, b.half().float())
+    with pytest.raises(SystemExit):
+        explore.main([str(tmp_path), str(tmp_path / "x.safetensors"), "--description", "", "--command", ""])
     assert "no config.json" in capsys.readouterr().err
 
 
 def test_export_keeps_no_path(tmp_path):
     "Of a folder of images the name is left, of the store's file nothing; and the model opens."
-    folder = tmp_path / "private" / "digits" / "a"                           # a name that is also a built-in one's
+    folder = tmp_path / "private" / "digits" / "a"  # a name that is also a built-in one's
     folder.mkdir(parents=True)
-    for i in range(8): Image.new("L", (8, 8), 30 * i).save(folder / f"{i}.png")
-    run = training.train(presets.preset("digits", data=str(folder.parent), store_path=str(tmp_path / "private" / "store.bin"), epochs=1, batch=8, net=dict(base=16, attention=[], estimate=[4]), sample_every=0), tmp_path / "run", progress=False)
+    for i in range(8):
+        Image.new("L", (8, 8), 30 * i).save(folder / f"{i}.png")
+    run = training.train(
+        presets.preset(
+            "digits",
+            data=str(folder.parent),
+            store_path=str(tmp_path / "private" / "store.bin"),
+            epochs=1,
+            batch=8,
+            net=dict(base=16, attention=[], estimate=[4]),
+            sample_every=0,
+        ),
+        tmp_path / "run",
+        progress=False,
+    )
     explore.export_model(run, tmp_path / "model.safetensors", "short", "a test")
     about = explore.about_model(tmp_path / "model.safetensors")
-    assert "private" not in json.dumps(about) and about["config"]["data"] == "folder digits" and "store_path" not in about["config"]
+    assert (
+        "private" not in json.dumps(about)
+        and about["config"]["data"] == "folder digits"
+        and "store_path" not in about["config"]
+    )
     model, data = explore.open_model(tmp_path / "model.safetensors")
     assert model.shape == (1, 8, 8) and data != "digits"
 
 
 def test_files_that_are_no_model(tmp_path):
     (tmp_path / "text.safetensors").write_text("no")
-    with pytest.raises(ValueError, match="cannot be read as safetensors"): explore.open_model(tmp_path / "text.safetensors")
-    with pytest.raises(ValueError, match="not written by explore.export_model"): explore.open_model(explore.WEIGHTS / "features-digits.safetensors")
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        explore.open_model(tmp_path / "text.safetensors")
+    with pytest.raises(ValueError, match="not written by explore.export_model"):
+        explore.open_model(explore.WEIGHTS / "features-digits.safetensors")
 
 
 # Trajectories
 
+
 def test_trajectory_of_a_known_map():
     t = explore.Trajectory(halving(), n=5, steps=30, dtype=torch.float32).run(batch_size=2)
-    for s in t.at: torch.testing.assert_close(t.samples(s), t.first / 2 ** s)
+    for s in t.at:
+        torch.testing.assert_close(t.samples(s), t.first / 2**s)
     norm = t.first.flatten(1).norm(dim=1).mean().item()
-    np.testing.assert_allclose(t.moved, [norm / 2 ** s for s in range(1, 31)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(t.moved, [norm / 2**s for s in range(1, 31)], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "renoise"])
 def test_trajectory_of_another_sampler(sampler):
     "Each kept number of steps is a run of its own from the same noise: DDIM's are those of `from_noise`; re-noised images of a longer list are the same as those of a shorter one, and of a part of the batch."
-    def f(x_t, t, estimate, label): return (0.9 - 0.5 * t.reshape(-1, 1, 1, 1) / 1000) * x_t - 0.05 * estimate            # its F
+
+    def f(x_t, t, estimate, label):
+        return (0.9 - 0.5 * t.reshape(-1, 1, 1, 1) / 1000) * x_t - 0.05 * estimate  # its F
+
     model = DDDM(Halving(), VPSchedule())
     model.net.forward = f
     model.sampler = sampler
     t = explore.Trajectory(model, n=5, dtype=torch.float32).run(batch_size=2)
-    assert t.sampler == sampler and t.at == explore.log_steps(100) and t.done == 100 and torch.equal(t.samples(0), t.x_T)
+    assert (
+        t.sampler == sampler
+        and t.at == explore.log_steps(100)
+        and t.done == 100
+        and torch.equal(t.samples(0), t.x_T)
+    )
     if sampler == "ddim":
-        for s in (1, 3, 100): torch.testing.assert_close(t.samples(s), from_noise(model, t.x_T, s, clamp=False, x0=t.first), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(explore.Trajectory(model, n=3, steps=7, dtype=torch.float32).run().samples(7), t.samples(7)[:3])
-    assert not torch.allclose(t.samples(7), explore.Trajectory(model, n=5, steps=7, dtype=torch.float32, seed=1).run().samples(7))
-    moved = [(t.samples(b) - t.samples(a)).flatten(1).norm(dim=1).mean().item() for a, b in itertools.pairwise(t.at)]
+        for s in (1, 3, 100):
+            torch.testing.assert_close(
+                t.samples(s), from_noise(model, t.x_T, s, clamp=False, x0=t.first), rtol=1e-4, atol=1e-5
+            )
+    torch.testing.assert_close(
+        explore.Trajectory(model, n=3, steps=7, dtype=torch.float32).run().samples(7), t.samples(7)[:3]
+    )
+    assert not torch.allclose(
+        t.samples(7), explore.Trajectory(model, n=5, steps=7, dtype=torch.float32, seed=1).run().samples(7)
+    )
+    moved = [
+        (t.samples(b) - t.samples(a)).flatten(1).norm(dim=1).mean().item()
+        for a, b in itertools.pairwise(t.at)
+    ]
     np.testing.assert_allclose(t.moved[np.array(t.at[1:]) - 1], moved, rtol=1e-5)
     assert np.isnan(np.delete(t.moved, np.array(t.at[1:]) - 1)).all()
-    assert (explore.Trajectory(model, n=5, sampler="fixed").sampler, len(explore.Trajectory(model, n=5, sampler="fixed").moved)) == ("fixed", 1000)
-    for wrong, words in ((dict(steps=2000), "has T=1000 times"), (dict(sampler="dim"), "did you mean 'ddim'"), (dict(steps=[1, 5]), "begins with 0"), (dict(steps=[0, 5, 5]), "ascending")):
-        with pytest.raises(ValueError, match=words): explore.Trajectory(model, **wrong)
+    assert (
+        explore.Trajectory(model, n=5, sampler="fixed").sampler,
+        len(explore.Trajectory(model, n=5, sampler="fixed").moved),
+    ) == ("fixed", 1000)
+    for wrong, words in (
+        (dict(steps=2000), "has T=1000 times"),
+        (dict(sampler="dim"), "did you mean 'ddim'"),
+        (dict(steps=[1, 5]), "begins with 0"),
+        (dict(steps=[0, 5, 5]), "ascending"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            explore.Trajectory(model, **wrong)
 
 
 def test_a_model_of_few_steps_is_shown_by_its_own_sampler():
     "A model that re-noises ends at 100 steps on a slider that goes to 1,000, and the line of text says so; then one that iterates goes to the end again."
     explorer = explore.StepExplorer("digits-few-steps", n=4).wait()
-    assert explorer.trajectory.sampler == "renoise" and explorer.progress.value == explorer.progress.max == 100
+    assert (
+        explorer.trajectory.sampler == "renoise" and explorer.progress.value == explorer.progress.max == 100
+    )
     explorer.step.value = 5
-    assert "after 5 steps of re-noising: an image is" in told(explorer) and "from the one after 4, on average" in told(explorer)
-    for _, step in explorer.step.options:                                   # whatever the slider offers up to 100 is there
+    assert "after 5 steps of re-noising: an image is" in told(
+        explorer
+    ) and "from the one after 4, on average" in told(explorer)
+    for _, step in explorer.step.options:  # whatever the slider offers up to 100 is there
         explorer.step.value = step
         assert "computed" not in told(explorer) and (step > 100 or f" after {step:,} step" in told(explorer))
     explorer.step.value = 1000
     assert "after 100 steps" in told(explorer) and "This sampler is shown up to 100 steps." in told(explorer)
-    explorer.model.value = "digits-paper"; explorer.wait()
-    assert "after 1,000 steps: the last one moved" in told(explorer) and explorer.progress.value == explorer.progress.max == 1000
+    explorer.model.value = "digits-paper"
+    explorer.wait()
+    assert (
+        "after 1,000 steps: the last one moved" in told(explorer)
+        and explorer.progress.value == explorer.progress.max == 1000
+    )
     explorer.close()
 
 
@@ -174,7 +256,8 @@ def test_more_images_than_memory_allows():
     model = halving()
     each = explore.Trajectory(model, 1).nbytes
     assert explore.Trajectory(model, 10, memory=10 * each).nbytes == 10 * each
-    with pytest.raises(ValueError, match="at most 9 fit"): explore.Trajectory(model, 10, memory=10 * each - 1)
+    with pytest.raises(ValueError, match="at most 9 fit"):
+        explore.Trajectory(model, 10, memory=10 * each - 1)
     explorer = explore.StepExplorer(model, n=10, memory=10 * each - 1).wait()
     assert "at most 9 fit" in told(explorer) and explorer.trajectory is None
     explorer.n.value = 9
@@ -183,23 +266,34 @@ def test_more_images_than_memory_allows():
 
 def test_kept_trajectories_stay_within_the_bound():
     model = halving()
-    explorer = explore.StepExplorer(model, n=4, steps=10, memory=3.5 * explore.Trajectory(model, 4, steps=10).nbytes)
+    explorer = explore.StepExplorer(
+        model, n=4, steps=10, memory=3.5 * explore.Trajectory(model, 4, steps=10).nbytes
+    )
     first = explorer.wait().trajectory
-    for seed in (1, 2, 3): explorer.seed.value = seed; explorer.wait()
+    for seed in (1, 2, 3):
+        explorer.seed.value = seed
+        explorer.wait()
     assert [key[1] for key in explorer.cache] == [1, 2, 3]
-    explorer.seed.value = 1; explorer.wait()
-    explorer.seed.value = 4; explorer.wait()
-    assert [key[1] for key in explorer.cache] == [3, 1, 4]                 # the one used last was kept
+    explorer.seed.value = 1
+    explorer.wait()
+    explorer.seed.value = 4
+    explorer.wait()
+    assert [key[1] for key in explorer.cache] == [3, 1, 4]  # the one used last was kept
     explorer.seed.value = 0
     assert torch.equal(explorer.wait().trajectory.frames, first.frames)
 
 
 # The widget
 
+
 def test_only_what_was_asked_for_last_is_shown():
     explorer = explore.StepExplorer(halving(seconds=0.002), n=2, steps=500)
-    for seed in range(1, 6): explorer.seed.value = seed
-    assert list(explorer.wait().cache) == [(explorer.model.value, 5, 2, None)] and explorer.trajectory.done == 500
+    for seed in range(1, 6):
+        explorer.seed.value = seed
+    assert (
+        list(explorer.wait().cache) == [(explorer.model.value, 5, 2, None)]
+        and explorer.trajectory.done == 500
+    )
     assert torch.equal(explorer.trajectory.x_T, explore.Trajectory(halving(), 2, 5).x_T)
     explorer.close()
 
@@ -208,7 +302,9 @@ def test_a_number_typed_beside_the_slider_becomes_the_nearest_kept_step():
     explorer = explore.StepExplorer(halving(), n=2, steps=200).wait()
     explorer.go_to.value = 57
     kept = explore.log_steps(200)
-    assert explorer.step.value == explorer.go_to.value == min(kept, key=lambda s: abs(s - 57)) and f"after {explorer.step.value} steps" in told(explorer)
+    assert explorer.step.value == explorer.go_to.value == min(
+        kept, key=lambda s: abs(s - 57)
+    ) and f"after {explorer.step.value} steps" in told(explorer)
     explorer.step.value = 5
     assert explorer.go_to.value == 5
     explorer.close()
@@ -230,7 +326,7 @@ def test_a_redraw_takes_less_than_a_tenth_of_a_second(model, n):
         began = time.perf_counter()
         explorer.step.value = s
         times.append(time.perf_counter() - began)
-    assert min(times[:20]) < 0.1 and sorted(times)[len(times) // 4] < 0.1                 # quartile: the machine may be busy
+    assert min(times[:20]) < 0.1 and sorted(times)[len(times) // 4] < 0.1  # quartile: the machine may be busy
 
 
 def test_a_notebook_shows_the_box_and_figures_without_pyplot():
@@ -240,12 +336,15 @@ def test_a_notebook_shows_the_box_and_figures_without_pyplot():
     assert shown["text/plain"].startswith("StepExplorer: run this cell")
     assert explorer.message in explorer.box.children and explorer.image in explorer.box.children
     explorer.close()
-    with Image.open(io.BytesIO(explore.page(2, 1)._repr_png_())) as picture: assert picture.size == (160, 80)
+    with Image.open(io.BytesIO(explore.page(2, 1)._repr_png_())) as picture:
+        assert picture.size == (160, 80)
 
 
 def test_python_ends_while_a_trajectory_is_computed():
     code = "from dddm import explore\nexplore.StepExplorer()\nprint('made')"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "made\n", "")
 
 
@@ -253,43 +352,74 @@ def test_runs_are_found_and_opened(run):
     explorer = explore.StepExplorer(runs=(run.parent, run.parent.parent / "nowhere"), n=2, steps=3).wait()
     assert str(run) in [value for _, value in explorer.model.options]
     explorer.model.value = str(run)
-    assert torch.equal(explorer.wait().trajectory.frames, explore.Trajectory(training.load(run), 2, steps=3).run().frames)
+    assert torch.equal(
+        explorer.wait().trajectory.frames, explore.Trajectory(training.load(run), 2, steps=3).run().frames
+    )
     assert explore.StepExplorer(run, n=2, steps=3, runs=()).wait().trajectory is not None
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: [p.unlink() for p in folder.rglob("*") if p.is_file()], "no config.json"),
-    (lambda folder: shutil.rmtree(folder / "checkpoints"), "no checkpoint yet"),
-    (lambda folder: [p.write_bytes(b"") for p in folder.rglob("ema.safetensors")], "damaged"),
-    (lambda folder: (folder / "config.json").write_text((folder / "config.json").read_text().replace('"base": 16', '"base": 32')), "are of another network"),
-    (lambda folder: (folder / "config.json").write_text("{"), "config.json is not the configuration of a run (Expecting property name"),
-    (lambda folder: shutil.copytree(next(folder.glob("checkpoints/*")), folder / "checkpoints" / "step-1.bak") and shutil.rmtree(next(folder.glob("checkpoints/step-*[0-9]"))), "no checkpoint yet"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: [p.unlink() for p in folder.rglob("*") if p.is_file()], "no config.json"),
+        (lambda folder: shutil.rmtree(folder / "checkpoints"), "no checkpoint yet"),
+        (lambda folder: [p.write_bytes(b"") for p in folder.rglob("ema.safetensors")], "damaged"),
+        (
+            lambda folder: (folder / "config.json").write_text(
+                (folder / "config.json").read_text().replace('"base": 16', '"base": 32')
+            ),
+            "are of another network",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "config.json is not the configuration of a run (Expecting property name",
+        ),
+        (
+            lambda folder: (
+                shutil.copytree(next(folder.glob("checkpoints/*")), folder / "checkpoints" / "step-1.bak")
+                and shutil.rmtree(next(folder.glob("checkpoints/step-*[0-9]")))
+            ),
+            "no checkpoint yet",
+        ),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:checkpoint")
 def test_a_broken_run_is_a_message(run, tmp_path, damage, message):
     shutil.copytree(run, tmp_path / "run")
     damage(tmp_path / "run")
     explorer = explore.StepExplorer(tmp_path / "run", n=2, steps=3).wait()
     assert "dddm-wrong" in told(explorer) and message in told(explorer)
-    explorer.model.value = "digits-paper"                                   # and the reader goes on
+    explorer.model.value = "digits-paper"  # and the reader goes on
     assert "dddm-message" in told(explorer.wait())
 
 
 def test_images_of_another_shape_are_a_message():
     explorer = explore.StepExplorer(halving(shape=(3, 16, 16)), n=2, steps=3, data=digits()).wait()
-    assert "(1, 8, 8)" in told(explorer) and "(3, 16, 16)" in told(explorer) and "dddm-wrong" in told(explorer)
-    for shape in (None, (2,), (2, 8, 8)): assert "dddm-wrong" in told(explore.StepExplorer(halving(shape=shape), n=2, steps=3).wait())
+    assert (
+        "(1, 8, 8)" in told(explorer) and "(3, 16, 16)" in told(explorer) and "dddm-wrong" in told(explorer)
+    )
+    for shape in (None, (2,), (2, 8, 8)):
+        assert "dddm-wrong" in told(explore.StepExplorer(halving(shape=shape), n=2, steps=3).wait())
 
 
 def test_an_output_that_is_not_finite_is_a_message():
     model = halving()
-    with torch.no_grad(): model.net.w.fill_(float("nan"))
-    assert "RuntimeError: the model&#x27;s output at step 1" in told(explore.StepExplorer(model, n=2, steps=3).wait())
+    with torch.no_grad():
+        model.net.w.fill_(float("nan"))
+    assert "RuntimeError: the model&#x27;s output at step 1" in told(
+        explore.StepExplorer(model, n=2, steps=3).wait()
+    )
 
 
 def test_points_of_another_dimension_are_a_message():
     from dddm.pfode import GaussianMixture
-    explorer = explore.MixtureExplorer(GaussianMixture(torch.zeros(1, 2), [1.0], [1.0]), {"pictures": halving(), "points": halving(shape=(2,))}, n=5, steps=10)
+
+    explorer = explore.MixtureExplorer(
+        GaussianMixture(torch.zeros(1, 2), [1.0], [1.0]),
+        {"pictures": halving(), "points": halving(shape=(2,))},
+        n=5,
+        steps=10,
+    )
     assert "dddm-wrong" in told(explorer)
     explorer.model.value = "points"
     assert "dddm-message" in told(explorer) and "data:image/png;base64," in explorer.image.value
@@ -300,25 +430,35 @@ def test_points_of_another_dimension_are_a_message():
 def test_points_of_a_model_that_walks_down_the_schedule():
     "Its numbers of steps are runs of their own, up to 100, and the curve has a value at each of them."
     from dddm.pfode import GaussianMixture
+
     mixture, model = GaussianMixture(torch.zeros(1, 2), [1.0], [1.0]), halving(shape=(2,))
     model.sampler = "ddim"
     explorer = explore.MixtureExplorer(mixture, {"points": model}, n=5)
     title, at, moved = explorer.trajectory.moves()
-    assert title == "distance from fewer steps" and at[-1] == 100 and np.isfinite(moved).all() and len(moved) == len(at)
+    assert (
+        title == "distance from fewer steps"
+        and at[-1] == 100
+        and np.isfinite(moved).all()
+        and len(moved) == len(at)
+    )
     explorer.step.value = 1000
     assert "after 100 steps" in told(explorer) and "up to 100 steps" in told(explorer)
-    with pytest.raises(ValueError, match="run.. it first"): explore.Trajectory(model, 5).moves()
+    with pytest.raises(ValueError, match="run.. it first"):
+        explore.Trajectory(model, 5).moves()
 
 
 # Figures and files
 
+
 def test_figures_are_matplotlib_figures():
     from matplotlib.figure import Figure
+
     t = explore.Trajectory(explore.shipped_model("digits-paper"), n=66, steps=5).run()
     figure = explore.steps_figure(t, steps=(1, 5), data=digits())
     assert isinstance(figure, Figure) and len(figure.axes) == 5 and "FD-digits" in figure.axes[-1].get_title()
     assert isinstance(explore.distance_figure(100, 0.1), Figure)
-    with pytest.raises(ValueError, match="step=3 is not computed"): explore.steps_figure(explore.Trajectory(halving(), 2), steps=(3,))
+    with pytest.raises(ValueError, match="step=3 is not computed"):
+        explore.steps_figure(explore.Trajectory(halving(), 2), steps=(3,))
 
 
 def test_gif_and_strip(tmp_path):
@@ -326,48 +466,87 @@ def test_gif_and_strip(tmp_path):
     with Image.open(explore.save_trajectory(t, tmp_path / "new" / "a.gif", images=2)) as gif:
         assert gif.n_frames == len(t.at) and gif.info["loop"] == 0
         stills = []
-        for k in (0, 3, len(t.at) - 1): gif.seek(k); stills.append(np.asarray(gif.convert("RGB"), dtype=int)[20:])
+        for k in (0, 3, len(t.at) - 1):
+            gif.seek(k)
+            stills.append(np.asarray(gif.convert("RGB"), dtype=int)[20:])
     for still, k in zip(stills, (0, 3, len(t.at) - 1)):
-        assert abs(still - explore.grid(t.samples(t.at[k])[:2], 2, 6)).mean() < 12            # a GIF has 256 colours
-    with Image.open(explore.save_trajectory(t, tmp_path / "a.png", steps=(0, 1, 20))) as strip: pixels = np.asarray(strip)[20:]
+        assert abs(still - explore.grid(t.samples(t.at[k])[:2], 2, 6)).mean() < 12  # a GIF has 256 colours
+    with Image.open(explore.save_trajectory(t, tmp_path / "a.png", steps=(0, 1, 20))) as strip:
+        pixels = np.asarray(strip)[20:]
     x = torch.stack([t.samples(s)[i] for i in range(3) for s in (0, 1, 20)])
     assert (pixels == explore.grid(x, 3, 6)).all()
-    for wrong in (dict(path=tmp_path / "a.jpg"), dict(path=tmp_path / "b.png", steps=(21,)), dict(path=tmp_path / "b.png", images=0)):
-        with pytest.raises(ValueError): explore.save_trajectory(t, **wrong)
+    for wrong in (
+        dict(path=tmp_path / "a.jpg"),
+        dict(path=tmp_path / "b.png", steps=(21,)),
+        dict(path=tmp_path / "b.png", images=0),
+    ):
+        with pytest.raises(ValueError):
+            explore.save_trajectory(t, **wrong)
     assert not (tmp_path / "b.png").exists()
 
 
 # A browser
 
+
 class Page:
     "One page of a headless Chromium, through the DevTools protocol."
+
     def __init__(self, folder, url, size=(1200, 1100)):
         import websocket
+
         self.ids, self.log = itertools.count(1), []
-        self.process = subprocess.Popen([BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-port=0", "--remote-allow-origins=*", f"--user-data-dir={folder}",
-                                         f"--window-size={size[0]},{size[1]}", "--hide-scrollbars", "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        port = wait_for("the browser", lambda: (folder / "DevToolsActivePort").exists() and (folder / "DevToolsActivePort").read_text().split())[0]
+        self.process = subprocess.Popen(
+            [
+                BROWSER,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--remote-debugging-port=0",
+                "--remote-allow-origins=*",
+                f"--user-data-dir={folder}",
+                f"--window-size={size[0]},{size[1]}",
+                "--hide-scrollbars",
+                "about:blank",
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        port = wait_for(
+            "the browser",
+            lambda: (
+                (folder / "DevToolsActivePort").exists()
+                and (folder / "DevToolsActivePort").read_text().split()
+            ),
+        )[0]
         pages = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/json"))
-        self.socket = websocket.create_connection(next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page"), timeout=600)
-        for domain in ("Page", "Runtime", "Log"): self.call(f"{domain}.enable")
+        self.socket = websocket.create_connection(
+            next(p["webSocketDebuggerUrl"] for p in pages if p["type"] == "page"), timeout=600
+        )
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
         self.call("Page.navigate", url=url)
 
     def close(self):
         self.socket.close()
-        self.process.terminate(); self.process.wait(30)
+        self.process.terminate()
+        self.process.wait(30)
 
     def call(self, method, **params):
         number = next(self.ids)
         self.socket.send(json.dumps(dict(id=number, method=method, params=params)))
         while (answer := json.loads(self.socket.recv())).get("id") != number:
-            if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"): self.log.append(answer["params"])
-        if "error" in answer: raise RuntimeError(f"{method}: {answer['error']}")
+            if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.log.append(answer["params"])
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
 
     def js(self, code):
         "The value of a JavaScript expression, promises awaited."
         result = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
-        if "exceptionDetails" in result: raise RuntimeError(f"{code}: {result['exceptionDetails']}")
+        if "exceptionDetails" in result:
+            raise RuntimeError(f"{code}: {result['exceptionDetails']}")
         return result["result"].get("value")
 
     def box(self, element):
@@ -376,46 +555,86 @@ class Page:
 
     def shot(self, path=None, box=None):
         "A screenshot, whole or of a box, as uint8 [height, width, 3]; also written to `path`."
-        clip = {} if box is None else dict(clip=dict(x=box[0], y=box[1], width=box[2], height=box[3], scale=1))
+        clip = (
+            {} if box is None else dict(clip=dict(x=box[0], y=box[1], width=box[2], height=box[3], scale=1))
+        )
         blob = base64.b64decode(self.call("Page.captureScreenshot", format="png", **clip)["data"])
-        if path: path.write_bytes(blob)
+        if path:
+            path.write_bytes(blob)
         return np.asarray(Image.open(io.BytesIO(blob)).convert("RGB"))
 
-    def mouse(self, kind, x, y): self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
+    def mouse(self, kind, x, y):
+        self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
 
     def drag(self, element, dx, moves=12):
         "Drag the middle of an element by dx pixels."
         x, y, w, h = self.box(element)
         x, y = x + w / 2, y + h / 2
-        self.mouse("mouseMoved", x, y); self.mouse("mousePressed", x, y)
-        for i in range(1, moves + 1): self.mouse("mouseMoved", x + dx * i / moves, y)
+        self.mouse("mouseMoved", x, y)
+        self.mouse("mousePressed", x, y)
+        for i in range(1, moves + 1):
+            self.mouse("mouseMoved", x + dx * i / moves, y)
         self.mouse("mouseReleased", x + dx, y)
 
     def key(self, key):
-        for kind in ("keyDown", "keyUp"): self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=dict(ArrowLeft=37, ArrowRight=39)[key])
+        for kind in ("keyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=dict(ArrowLeft=37, ArrowRight=39)[key],
+            )
 
 
 @contextlib.contextmanager
 def server(app, folder):
     "A Jupyter server of its own on a loopback port; yields its address and token."
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     where = {f"JUPYTER_{k}_DIR": str(folder / k) for k in ("CONFIG", "DATA", "RUNTIME")}
     quiet = folder / "CONFIG" / "labconfig"
     quiet.mkdir(parents=True)
-    (quiet / "page_config.json").write_text(json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}))
-    command = [sys.executable, "-m", app, "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--IdentityProvider.token=explore",
-               f"--ServerApp.root_dir={folder}", "--expose-app-in-browser"]
-    with open(folder / "server.log", "w") as log: process = subprocess.Popen(command, cwd=folder, env={**os.environ, **where, "MPLBACKEND": ""}, stdout=log, stderr=subprocess.STDOUT)
+    (quiet / "page_config.json").write_text(
+        json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}})
+    )
+    command = [
+        sys.executable,
+        "-m",
+        app,
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.ip=127.0.0.1",
+        f"--ServerApp.port={port}",
+        "--IdentityProvider.token=explore",
+        f"--ServerApp.root_dir={folder}",
+        "--expose-app-in-browser",
+    ]
+    with open(folder / "server.log", "w") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **where, "MPLBACKEND": ""},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
     def up():
-        if process.poll() is not None: pytest.fail((folder / "server.log").read_text()[-3000:])
-        with contextlib.suppress(OSError): return urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token=explore").status == 200
+        if process.poll() is not None:
+            pytest.fail((folder / "server.log").read_text()[-3000:])
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token=explore").status == 200
+
     try:
         wait_for(app, up)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        try: process.wait(30)
-        except subprocess.TimeoutExpired: process.kill()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 PANEL = "[...jupyterapp.shell.widgets('main')].find(w => w.sessionContext)"
@@ -427,75 +646,134 @@ def cell(containing):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome on the PATH: apt-get install chromium")
+@pytest.mark.skipif(
+    BROWSER is None,
+    reason="no chromium, chromium-browser or google-chrome on the PATH: apt-get install chromium",
+)
 @pytest.mark.parametrize("app, path", [("jupyterlab", "lab/tree"), ("notebook", "notebooks")])
 def test_slider_in_a_browser(root, tmp_path, app, path):
     "Run All; drag the slider, press its arrow keys: the picture changes, and nothing shows an error."
     pytest.importorskip("websocket")
     pytest.importorskip(app, reason=f"{app} is not installed")
-    shutil.copytree(root / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("[01][01]*.ipynb", "train.ipynb"))
+    shutil.copytree(
+        root / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("[01][01]*.ipynb", "train.ipynb")
+    )
     with server(app, tmp_path) as address:
         page = Page(tmp_path / "browser", f"{address}/{path}/nbs/12_explore.ipynb?token=explore")
-        try: drive(page, tmp_path, arrows=app == "jupyterlab")
+        try:
+            drive(page, tmp_path, arrows=app == "jupyterlab")
         finally:
             page.shot(tmp_path / "last.png")
             page.close()
 
 
 def drive(page, folder, arrows):
-    wait_for("the notebook", lambda: page.js(f"typeof jupyterapp !== 'undefined' && !!{PANEL}?.content?.widgets?.length"))
+    wait_for(
+        "the notebook",
+        lambda: page.js(f"typeof jupyterapp !== 'undefined' && !!{PANEL}?.content?.widgets?.length"),
+    )
     wait_for("a kernel", lambda: page.js(f"{PANEL}.sessionContext.session?.kernel?.status === 'idle'"))
     page.js(f"jupyterapp.shell.activateById({PANEL}.id)")
     page.js("jupyterapp.commands.execute('notebook:run-all-cells').then(() => 1)")
-    errors = page.js(f"{PANEL}.content.widgets.filter(c => c.model.type === 'code').flatMap(c => c.model.sharedModel.outputs).filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)")
+    errors = page.js(
+        f"{PANEL}.content.widgets.filter(c => c.model.type === 'code').flatMap(c => c.model.sharedModel.outputs).filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)"
+    )
     assert errors == []
-    for name, source, moves in (("step", "explorer = StepExplorer()", (300, -120)), ("plane", "plane = MixtureExplorer(ring, models)", (250,)), ("panel", "panel = DistanceExplorer()", (-100,))):
+    for name, source, moves in (
+        ("step", "explorer = StepExplorer()", (300, -120)),
+        ("plane", "plane = MixtureExplorer(ring, models)", (250,)),
+        ("panel", "panel = DistanceExplorer()", (-100,)),
+    ):
         number = page.js(cell(source))
         node = f"{PANEL}.content.widgets[{number}].node"
-        page.js(f"(nb => {{ nb.activeCellIndex = {number}; nb.scrollToItem({number}, 'start') }})({PANEL}.content)")
+        page.js(
+            f"(nb => {{ nb.activeCellIndex = {number}; nb.scrollToItem({number}, 'start') }})({PANEL}.content)"
+        )
         wait_for("the widget", lambda: page.js(f"{node}.querySelector('.widget-html img')?.width > 100"))
         page.js(f"{node}.querySelector('.jp-OutputArea-output .widget-vbox').scrollIntoView()")
-        picture, message, handle = f"{node}.querySelector('.widget-html img')", f"{node}.querySelector('.dddm-message').textContent", f"{node}.querySelector('.noUi-handle')"
+        picture, message, handle = (
+            f"{node}.querySelector('.widget-html img')",
+            f"{node}.querySelector('.dddm-message').textContent",
+            f"{node}.querySelector('.noUi-handle')",
+        )
+
         def look():
             "The picture and the message beside it, once it has stayed in its place: JupyterLab moves cells about for a while."
+
             def still():
                 before = page.box(picture)
                 time.sleep(0.5)
                 return before[2] > 100 and page.box(picture) == before and before
-            return page.shot(box=wait_for(f"{name}: a picture that stays in its place", still)), page.js(message)
+
+            return page.shot(box=wait_for(f"{name}: a picture that stays in its place", still)), page.js(
+                message
+            )
+
         seen = [look()]
+
         def changed(what):
             def other():
                 shot, words = look()
-                if words == seen[-1][1] or shot.shape == seen[-1][0].shape and (shot == seen[-1][0]).all(): return False
+                if words == seen[-1][1] or shot.shape == seen[-1][0].shape and (shot == seen[-1][0]).all():
+                    return False
                 seen.append((shot, words))
                 return True
+
             wait_for(f"{name}: another picture after {what}", other, 30)
+
         for dx in moves:
             page.drag(handle, dx)
             changed(f"a drag by {dx} pixels")
         page.shot(folder / f"{name}.png")
         if name != "panel":
             field = f"{node}.querySelectorAll('.widget-text input[type=number]')"
-            page.js(f"(f => {{ f.focus(); f.value = '3'; for (const e of ['input', 'change']) f.dispatchEvent(new Event(e, {{bubbles: true}})) }})([...{field}].at(-1))")
+            page.js(
+                f"(f => {{ f.focus(); f.value = '3'; for (const e of ['input', 'change']) f.dispatchEvent(new Event(e, {{bubbles: true}})) }})([...{field}].at(-1))"
+            )
             changed("a number in the field")
         page.js(f"{handle}.focus()")
-        for key in ("ArrowLeft", "ArrowRight") if arrows else ():      # Notebook 7 does not let them through
+        for key in ("ArrowLeft", "ArrowRight") if arrows else ():  # Notebook 7 does not let them through
             page.key(key)
             changed(key)
-        if name == "step":                                             # the second shipped model has classes: its control appears, and works
-            def pick(menu, option): page.js(f"(s => {{ s.selectedIndex = {option}; s.dispatchEvent(new Event('change', {{bubbles: true}})) }})({node}.querySelectorAll('select')[{menu}])")
+        if name == "step":  # the second shipped model has classes: its control appears, and works
+
+            def pick(menu, option):
+                page.js(
+                    f"(s => {{ s.selectedIndex = {option}; s.dispatchEvent(new Event('change', {{bubbles: true}})) }})({node}.querySelectorAll('select')[{menu}])"
+                )
+
             pick(0, 1)
             changed("another model")
-            wait_for("the classes", lambda: page.js(f"(s => s.offsetParent !== null && s.options.length)({node}.querySelectorAll('select')[1])") == 11)
+            wait_for(
+                "the classes",
+                lambda: (
+                    page.js(
+                        f"(s => s.offsetParent !== null && s.options.length)({node}.querySelectorAll('select')[1])"
+                    )
+                    == 11
+                ),
+            )
             pick(1, 4)
             changed("a class")
             page.shot(folder / "class.png")
-            pick(0, 2)                                                 # and the third one is sampled by re-noising
+            pick(0, 2)  # and the third one is sampled by re-noising
             changed("a third model")
             wait_for("the words on its sampler", lambda: "of re-noising" in page.js(message))
-            wait_for("the menu of classes to say what is shown", lambda: page.js(f"{node}.querySelectorAll('select')[1].selectedIndex") == 0)
+            wait_for(
+                "the menu of classes to say what is shown",
+                lambda: page.js(f"{node}.querySelectorAll('select')[1].selectedIndex") == 0,
+            )
             page.shot(folder / "few.png")
         assert page.js(f"{node}.querySelectorAll('.dddm-wrong').length") == 0
-    assert page.js("document.querySelectorAll('.jp-RenderedText[data-mime-type=\"application/vnd.jupyter.stderr\"]').length") == 0
-    assert page.js("[...document.querySelectorAll('.jp-OutputArea-output')].filter(o => /Error displaying widget|Loading widget/.test(o.textContent)).length") == 0
+    assert (
+        page.js(
+            "document.querySelectorAll('.jp-RenderedText[data-mime-type=\"application/vnd.jupyter.stderr\"]').length"
+        )
+        == 0
+    )
+    assert (
+        page.js(
+            "[...document.querySelectorAll('.jp-OutputArea-output')].filter(o => /Error displaying widget|Loading widget/.test(o.textContent)).length"
+        )
+        == 0
+    )

@@ -1,4 +1,5 @@
 "Faults that a run meets: another run on its file, a full disk, damage, signals. Nothing is lost or silent."
+
 import errno
 import json
 import os
@@ -28,7 +29,8 @@ TINY = dict(
 )
 
 
-def tiny(**fields): return TrainConfig(**{**TINY, **fields})
+def tiny(**fields):
+    return TrainConfig(**{**TINY, **fields})
 
 
 def command(folder, out, *options, **fields):
@@ -42,13 +44,16 @@ def start(folder, out, **fields):
     "A process that trains and has logged a step."
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command(folder, out, **fields), **pipes)
-    while process.poll() is None and not (folder / out / "history.jsonl").exists(): time.sleep(0.02)
+    while process.poll() is None and not (folder / out / "history.jsonl").exists():
+        time.sleep(0.02)
     return process
 
 
 def stop_at(step):
     def callback(record):
-        if record["step"] == step: raise RuntimeError("stopped")
+        if record["step"] == step:
+            raise RuntimeError("stopped")
+
     return callback
 
 
@@ -57,6 +62,7 @@ def last_rows(run):
 
 
 # --- a store file belongs to one run ---
+
 
 def test_two_runs_at_a_time_on_one_store_file(tmp_path):
     "The second is refused at once, and the first ends as if it had been alone."
@@ -81,12 +87,12 @@ def test_two_runs_one_after_the_other_on_one_store_file(tmp_path):
     train(tiny(epochs=2, store_path=str(rows)), first, progress=False)
     shutil.move(first, tmp_path / "moved")
     train(tiny(epochs=3, store_path=str(rows)), tmp_path / "moved", progress=False)
-    rows.unlink()                                      # its owner makes it again, from the checkpoint
+    rows.unlink()  # its owner makes it again, from the checkpoint
     train(tiny(epochs=4, store_path=str(rows)), tmp_path / "moved", progress=False)
     alone = train(tiny(epochs=4), tmp_path / "alone", progress=False)
     assert torch.equal(last_rows(tmp_path / "moved"), last_rows(alone))
     shutil.rmtree(tmp_path / "moved")
-    again = train(tiny(epochs=4, store_path=str(rows)), tmp_path / "moved", progress=False)    # in its place
+    again = train(tiny(epochs=4, store_path=str(rows)), tmp_path / "moved", progress=False)  # in its place
     assert torch.equal(last_rows(again), last_rows(alone))
 
 
@@ -94,7 +100,8 @@ def test_store_files_and_runs_from_before_owners(tmp_path):
     "A file without an owner, and a run without an identity, go on; then the file is that run's."
     rows, run = tmp_path / "rows", tmp_path / "run"
     config = tiny(store_path=str(rows))
-    with pytest.raises(RuntimeError): train(config, run, callback=stop_at(3), progress=False)
+    with pytest.raises(RuntimeError):
+        train(config, run, callback=stop_at(3), progress=False)
     about = read_page(rows)
     assert about.pop("owner")["directory"] == str(run)
     rows.write_bytes(json.dumps(about).encode().ljust(PAGE) + rows.read_bytes()[PAGE:])
@@ -118,10 +125,13 @@ def test_space_for_the_store_is_reserved(tmp_path, monkeypatch):
     shape, rows = (3, 64, 64), tmp_path / "rows"
     store = EstimateStore(400, shape, path=rows)
     assert rows.stat().st_blocks * 512 < store.nbytes / 10
-    with store.owned("a", "there"): assert rows.stat().st_blocks * 512 >= store.nbytes
+    with store.owned("a", "there"):
+        assert rows.stat().st_blocks * 512 >= store.nbytes
     rows.unlink()
 
-    def full(*args): raise OSError(errno.ENOSPC, "No space left on device")
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="cannot have them .No space left") as caught:
         train(tiny(store_path=str(rows)), tmp_path / "run", progress=False)
@@ -132,6 +142,7 @@ def test_space_for_the_store_is_reserved(tmp_path, monkeypatch):
 
 # --- readers: what is damaged is named, and shortens nothing ---
 
+
 def test_a_torn_last_line_is_dropped_and_damage_amid_the_lines_is_told(tmp_path):
     run = train(tiny(), tmp_path / "run", progress=False)
     path, records = run / "history.jsonl", history(run)
@@ -141,11 +152,13 @@ def test_a_torn_last_line_is_dropped_and_damage_amid_the_lines_is_told(tmp_path)
     assert history(run) == records
     for harm in (b"\0" * 30, b"{}", b"[1]", b'{"step": "3"}', b'{"step": 3, "epoch": 1}', b"\xff"):
         path.write_bytes(b"".join([*lines[:2], harm + b"\n", *lines[3:]]))
-        with pytest.warns(UserWarning, match=r"line 3 of .*history.jsonl is damaged"): found = history(run)
+        with pytest.warns(UserWarning, match=r"line 3 of .*history.jsonl is damaged"):
+            found = history(run)
         assert found == records[:2] + records[3:]
     with pytest.warns(UserWarning, match="line 3 of .*history.jsonl"):
-        train(tiny(epochs=3), run, progress=False)         # the run goes on, and the damage stays visible
-    with pytest.warns(UserWarning, match="line 3 of .*history.jsonl"): found = history(run)
+        train(tiny(epochs=3), run, progress=False)  # the run goes on, and the damage stays visible
+    with pytest.warns(UserWarning, match="line 3 of .*history.jsonl"):
+        found = history(run)
     alone = train(tiny(epochs=3), tmp_path / "alone", progress=False)
     assert found == [r for r in history(alone) if r["step"] != 3]
 
@@ -175,7 +188,8 @@ def test_a_damaged_manifest_gives_way_to_the_checkpoint_before(tmp_path):
         (newest / "manifest.json").write_text(text)
         with pytest.warns(UserWarning, match="step-3 is damaged: manifest.json"):
             assert training.newest_checkpoint(run) == before
-    with pytest.warns(UserWarning, match="damaged"): train(tiny(epochs=1), run, progress=False)
+    with pytest.warns(UserWarning, match="damaged"):
+        train(tiny(epochs=1), run, progress=False)
     assert training.newest_checkpoint(run) == newest
 
 
@@ -186,9 +200,11 @@ def test_a_damaged_model_file_is_named(tmp_path):
     about, tensors = explore.about_model(path), load_file(path)
     for wrong in ([], 3, {**about, "config": None}, {**about, "description": 1}, {"format": explore.FORMAT}):
         save_file(tensors, path, {"dddm": json.dumps(wrong)})
-        with pytest.raises(ValueError, match="model.safetensors"): explore.read_model(path)
+        with pytest.raises(ValueError, match="model.safetensors"):
+            explore.read_model(path)
     save_file(dict(list(tensors.items())[1:]), path, {"dddm": json.dumps(about)})
-    with pytest.raises(ValueError, match="model.safetensors is damaged"): explore.read_model(path)
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        explore.read_model(path)
 
 
 def test_damaged_features_and_results_are_named(tmp_path):
@@ -199,7 +215,8 @@ def test_damaged_features_and_results_are_named(tmp_path):
         assert found is None and why
     for runs in ([], {"a": {"fd": {}}}, {"a": 3}, None):
         (tmp_path / "r.json").write_text(json.dumps({"format": "dddm-results-1", "runs": runs, "about": {}}))
-        with pytest.raises(ValueError, match="r.json"): metrics.load_results(tmp_path / "r.json")
+        with pytest.raises(ValueError, match="r.json"):
+            metrics.load_results(tmp_path / "r.json")
 
 
 # --- writers: a name means a finished file ---
@@ -216,7 +233,8 @@ with whole_file(sys.argv[1]) as part:
 def test_a_kill_while_writing_leaves_the_file_that_was(tmp_path):
     path = tmp_path / "file.txt"
     for before in (None, "whole"):
-        if before: path.write_text(before)
+        if before:
+            path.write_text(before)
         assert subprocess.run([sys.executable, "-c", CUT, str(path)]).returncode == -9
         assert path.exists() == bool(before) and (not before or path.read_text() == before)
 
@@ -225,8 +243,10 @@ def test_a_kill_while_writing_leaves_the_file_that_was(tmp_path):
 def test_others_may_read_what_is_written(tmp_path):
     "safetensors keeps its files to their owner; the umask decides here."
     before = os.umask(0o022)
-    try: run = train(tiny(epochs=1), tmp_path / "run", progress=False)
-    finally: os.umask(before)
+    try:
+        run = train(tiny(epochs=1), tmp_path / "run", progress=False)
+    finally:
+        os.umask(before)
     kept = [p for p in run.rglob("*") if p.is_file()]
     assert {oct(p.stat().st_mode & 0o777) for p in kept} == {"0o644"} and len(kept) > 8
     assert not [p for p in kept if ".part" in p.name]
@@ -243,6 +263,7 @@ def test_a_grid_that_a_kill_cut_short_is_made_again(tmp_path):
 
 
 # --- signals and words ---
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_with_a_line(tmp_path, number):
@@ -275,6 +296,7 @@ def test_refusals_on_the_command_line_are_a_line(tmp_path, capsys):
 
 # --- a checkpoint that leads to a failure ---
 
+
 def test_back_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch):
     "A failure comes again from the newest checkpoint: the message names the way back, the option takes it."
     run, real, config = tmp_path / "run", training.step, tiny(epochs=4)
@@ -283,8 +305,10 @@ def test_back_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch):
         if run.done == 7:
             raise FloatingPointError(training.not_finite(run, "the loss is nan", 7, torch.tensor([3])))
         return real(run)
+
     monkeypatch.setattr(training, "step", failing)
-    with pytest.raises(FloatingPointError) as first: train(config, run, progress=False)
+    with pytest.raises(FloatingPointError) as first:
+        train(config, run, progress=False)
     with pytest.raises(FloatingPointError, match="step-7, from which.* before, step-6, give --back"):
         train(config, run, progress=False)
     assert "--back" not in str(first.value)
@@ -292,10 +316,12 @@ def test_back_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch):
     train(config, run, progress=False, back=1)
     assert history(run) == history(train(config, tmp_path / "alone", progress=False))
     for wrong in (2, -1, 1.5, True):
-        with pytest.raises(ValueError, match=f"back={wrong}"): train(config, run, progress=False, back=wrong)
+        with pytest.raises(ValueError, match=f"back={wrong}"):
+            train(config, run, progress=False, back=wrong)
 
 
 # --- other numbers of processes; averages of short runs ---
+
 
 def test_a_run_without_a_store_goes_on_with_another_number_of_processes(tmp_path):
     fields = dict(objective="consistency", drop_last=True)
@@ -315,4 +341,5 @@ def test_an_average_that_is_still_its_random_start_is_told(tmp_path, recwarn):
     training.load(slow, ema=False)
     training.load(quick)
     assert not recwarn.list
-    with pytest.warns(UserWarning, match="100% the random start.*ema=False"): training.load(slow)
+    with pytest.warns(UserWarning, match="100% the random start.*ema=False"):
+        training.load(slow)

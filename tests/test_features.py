@@ -1,4 +1,5 @@
 "What 04b_features and classifiers do not show: damage of every kind, other processes, the networks recomputed by hand, the job itself."
+
 import hashlib
 import json
 import os
@@ -13,14 +14,15 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import nn
 
-from dddm import data, features, losses
+from dddm import data, losses
 from dddm.features import FEATURES, FeatureNet, network, read_weights, trunk
 
 NAMES = list(FEATURES)
 WEIGHTS = files("dddm") / "weights"
 
 
-def some(name, n=4, seed=0): return torch.rand(n, *FEATURES[name]["shape"], generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def some(name, n=4, seed=0):
+    return torch.rand(n, *FEATURES[name]["shape"], generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def held_out():
@@ -33,10 +35,15 @@ def held_out():
 def test_shipped_files_are_the_pinned_ones(name):
     blob = (WEIGHTS / FEATURES[name]["file"]).read_bytes()
     assert hashlib.sha256(blob).hexdigest() == FEATURES[name]["sha256"]
-    assert all(v.dtype == torch.float16 and v.isfinite().all() for v in load_file(WEIGHTS / FEATURES[name]["file"]).values() if v.is_floating_point())
+    assert all(
+        v.dtype == torch.float16 and v.isfinite().all()
+        for v in load_file(WEIGHTS / FEATURES[name]["file"]).values()
+        if v.is_floating_point()
+    )
 
 
-def test_both_files_together_are_small(): assert sum((WEIGHTS / spec["file"]).stat().st_size for spec in FEATURES.values()) < 3e6
+def test_both_files_together_are_small():
+    assert sum((WEIGHTS / spec["file"]).stat().st_size for spec in FEATURES.values()) < 3e6
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,18 +51,24 @@ def test_both_files_together_are_small(): assert sum((WEIGHTS / spec["file"]).st
 def test_a_damaged_file_is_refused(name, damage, tmp_path):
     spec, path = FEATURES[name], tmp_path / FEATURES[name]["file"]
     blob = bytearray((WEIGHTS / spec["file"]).read_bytes())
-    if damage == "bit": blob[len(blob) // 2] ^= 1
-    if damage == "exchanged": blob = (WEIGHTS / FEATURES[NAMES[1 - NAMES.index(name)]]["file"]).read_bytes()
+    if damage == "bit":
+        blob[len(blob) // 2] ^= 1
+    if damage == "exchanged":
+        blob = (WEIGHTS / FEATURES[NAMES[1 - NAMES.index(name)]]["file"]).read_bytes()
     path.write_bytes({"cut": blob[:-1], "longer": blob + b"\0", "empty": b""}.get(damage, blob))
-    with pytest.raises(ValueError, match=spec["file"]): read_weights(name, tmp_path)
+    with pytest.raises(ValueError, match=spec["file"]):
+        read_weights(name, tmp_path)
 
 
 def test_a_missing_file_and_bad_names_say_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="features-digits.safetensors is missing.*install dddm again"): read_weights("digits", tmp_path)
+    with pytest.raises(FileNotFoundError, match="features-digits.safetensors is missing.*install dddm again"):
+        read_weights("digits", tmp_path)
     for build in network, trunk, read_weights:
-        with pytest.raises(ValueError, match="digits, cifar"): build("inception")
+        with pytest.raises(ValueError, match="digits, cifar"):
+            build("inception")
     for seed in (-1, 1.5, True, "0"):
-        with pytest.raises(ValueError, match="random="): network("digits", random=seed)
+        with pytest.raises(ValueError, match="random="):
+            network("digits", random=seed)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -64,9 +77,19 @@ def test_shapes_and_relations_of_the_three_outputs(name):
     maps, f, logits = net.maps(x), net.features(x), net(x)
     side = spec["shape"][1] // spec["stride"]
     widths = (spec["widths"][0], *spec["widths"])
-    assert [tuple(m.shape) for m in maps] == [(4, w, side >> max(i - 1, 0), side >> max(i - 1, 0)) for i, w in enumerate(widths)]
-    assert f.shape == (4, spec["dimension"]) and logits.shape == (4, spec["classes"]) and len(spec["class_names"]) == spec["classes"]
-    assert torch.equal(f, maps[-1].mean((2, 3))) and torch.equal(logits, net.head(f)) and all((m >= 0).all() for m in maps)
+    assert [tuple(m.shape) for m in maps] == [
+        (4, w, side >> max(i - 1, 0), side >> max(i - 1, 0)) for i, w in enumerate(widths)
+    ]
+    assert (
+        f.shape == (4, spec["dimension"])
+        and logits.shape == (4, spec["classes"])
+        and len(spec["class_names"]) == spec["classes"]
+    )
+    assert (
+        torch.equal(f, maps[-1].mean((2, 3)))
+        and torch.equal(logits, net.head(f))
+        and all((m >= 0).all() for m in maps)
+    )
     assert all(torch.equal(a, b) for a, b in zip(trunk(name)(x), maps))
 
 
@@ -76,7 +99,9 @@ def test_frozen_whatever_is_done_to_it(name, random):
     net, x = network(name, random), some(name)
     before, state = net(x), {k: v.clone() for k, v in net.state_dict().items()}
     holder = nn.ModuleList([net]).train()
-    assert not any(m.training for m in net.modules()) and not any(p.requires_grad for p in holder.parameters())
+    assert not any(m.training for m in net.modules()) and not any(
+        p.requires_grad for p in holder.parameters()
+    )
     assert torch.equal(net(3 * x + 1).isfinite().all(), torch.tensor(True)) and torch.equal(net(x), before)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
@@ -97,17 +122,25 @@ def test_a_network_in_training_trains():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_random_weights_come_from_the_seed_alone(name):
-    torch.manual_seed(1); expected = torch.rand(3)
-    torch.manual_seed(1); a = network(name, random=3); network(name)
-    assert torch.equal(torch.rand(3), expected)                                         # the global generator is as it was
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    a = network(name, random=3)
+    network(name)
+    assert torch.equal(torch.rand(3), expected)  # the global generator is as it was
     b, c, x = network(name, random=3), network(name, random=4), some(name)
     assert torch.equal(a.features(x), b.features(x)) and not torch.equal(a.features(x), c.features(x))
-    assert {k: v.shape for k, v in a.state_dict().items()} == {k: v.shape for k, v in network(name).state_dict().items()}
+    assert {k: v.shape for k, v in a.state_dict().items()} == {
+        k: v.shape for k, v in network(name).state_dict().items()
+    }
 
 
 def test_another_process_computes_the_same():
     code = "import torch; torch.set_num_threads(1)\nfrom dddm.features import network\nx = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)\nprint(network('digits')(x).double().tolist(), network('digits', random=2)(x).double().tolist())"
-    found = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    found = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    }
     assert len(found) == 1
 
 
@@ -120,7 +153,9 @@ def test_the_network_written_out_by_hand(name):
 
     def norm(h, at):
         scale = w[at + ".weight"] / (w[at + ".running_var"] + 1e-5).sqrt()
-        return h * scale.view(1, -1, 1, 1) + (w[at + ".bias"] - w[at + ".running_mean"] * scale).view(1, -1, 1, 1)
+        return h * scale.view(1, -1, 1, 1) + (w[at + ".bias"] - w[at + ".running_mean"] * scale).view(
+            1, -1, 1, 1
+        )
 
     h = norm(F.conv2d(x, w["stem.0.weight"], stride=spec["stride"], padding=1), "stem.1").relu()
     for i in range(len(spec["widths"])):
@@ -135,24 +170,50 @@ def test_the_network_written_out_by_hand(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_images_that_do_not_fit_are_refused(name):
     net, (c, h, w) = network(name), FEATURES[name]["shape"]
-    for x in torch.zeros(2, 4 - c, h, w), torch.zeros(c, h, w), torch.zeros(2, c, h, w, dtype=torch.uint8), torch.zeros(2, c, 4, 4):
-        with pytest.raises(ValueError): net.maps(x)
-    with pytest.raises(ValueError, match="resize"): net.features(torch.zeros(2, c, 2 * h, 2 * w))
+    for x in (
+        torch.zeros(2, 4 - c, h, w),
+        torch.zeros(c, h, w),
+        torch.zeros(2, c, h, w, dtype=torch.uint8),
+        torch.zeros(2, c, 4, 4),
+    ):
+        with pytest.raises(ValueError):
+            net.maps(x)
+    with pytest.raises(ValueError, match="resize"):
+        net.features(torch.zeros(2, c, 2 * h, 2 * w))
     assert len(net.maps(torch.zeros(2, c, 2 * h, 2 * w))) == len(FEATURES[name]["widths"]) + 1
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["lpips", "pseudo_lpips"])
 def test_as_the_trunk_of_a_distance(name, kind):
-    d, y = losses.distance(kind, features=trunk(name), **({"c": 0.1} if kind == "pseudo_lpips" else {})), some(name)
+    d, y = (
+        losses.distance(kind, features=trunk(name), **({"c": 0.1} if kind == "pseudo_lpips" else {})),
+        some(name),
+    )
     x = (y + 0.2 * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
     v = d(x, y)
     v.sum().backward()
-    assert v.shape == (4,) and (v > 0).all() and (v < 8).all() and x.grad.isfinite().all() and (x.grad.flatten(1).norm(dim=1) > 0).all()
-    assert torch.equal(d(y, y), torch.zeros(4)) and not list(d.parameters()) and not d.state_dict() and not d.train().training
+    assert (
+        v.shape == (4,)
+        and (v > 0).all()
+        and (v < 8).all()
+        and x.grad.isfinite().all()
+        and (x.grad.flatten(1).norm(dim=1) > 0).all()
+    )
+    assert (
+        torch.equal(d(y, y), torch.zeros(4))
+        and not list(d.parameters())
+        and not d.state_dict()
+        and not d.train().training
+    )
     with torch.no_grad():
-        lpips = sum((losses.unit_channels(a) - losses.unit_channels(b)).square().sum(1).mean((1, 2)) for a, b in zip(network(name).maps(x), network(name).maps(y)))
-    torch.testing.assert_close(v.detach(), lpips if kind == "lpips" else (lpips ** 2 + 0.01).sqrt() - 0.1, rtol=1e-4, atol=1e-5)
+        lpips = sum(
+            (losses.unit_channels(a) - losses.unit_channels(b)).square().sum(1).mean((1, 2))
+            for a, b in zip(network(name).maps(x), network(name).maps(y))
+        )
+    torch.testing.assert_close(
+        v.detach(), lpips if kind == "lpips" else (lpips**2 + 0.01).sqrt() - 0.1, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_digits_is_a_good_judge():
@@ -162,9 +223,14 @@ def test_digits_is_a_good_judge():
     assert accuracy == pytest.approx(FEATURES["digits"]["accuracy"], abs=1e-4) and accuracy >= 0.98
     assert (p.amax(1) >= 0.9).float().mean() >= 0.93
     g = torch.Generator().manual_seed(3)
-    no_digits = {"uniform": torch.rand(2000, 1, 8, 8, generator=g) * 2 - 1, "normal": torch.randn(2000, 1, 8, 8, generator=g).clamp(-1, 1),
-                 "means of ten": x[torch.randint(297, (2000, 10), generator=g)].mean(1), "grey": torch.linspace(-1, 1, 21).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)}
-    for kind, z in no_digits.items(): assert (network("digits")(z).softmax(1).amax(1) >= 0.9).float().mean() <= 0.01, kind
+    no_digits = {
+        "uniform": torch.rand(2000, 1, 8, 8, generator=g) * 2 - 1,
+        "normal": torch.randn(2000, 1, 8, 8, generator=g).clamp(-1, 1),
+        "means of ten": x[torch.randint(297, (2000, 10), generator=g)].mean(1),
+        "grey": torch.linspace(-1, 1, 21).view(-1, 1, 1, 1).expand(-1, 1, 8, 8),
+    }
+    for kind, z in no_digits.items():
+        assert (network("digits")(z).softmax(1).amax(1) >= 0.9).float().mean() <= 0.01, kind
 
 
 @pytest.mark.slow
@@ -176,8 +242,22 @@ def test_cifar_accuracy_on_a_part_of_the_copy(cifar10_copy, tmp_path):
 
 
 def job(root, out, parameters):
-    return subprocess.run([sys.executable, "-m", "papermill", root / "nbs" / "classifiers.ipynb", out / "out.ipynb", "-y", "{" + parameters + "}", "--no-progress-bar"], cwd=root, capture_output=True, text=True,
-                          env={**os.environ, "DDDM_CACHE": str(out / "cache")})
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "papermill",
+            root / "nbs" / "classifiers.ipynb",
+            out / "out.ipynb",
+            "-y",
+            "{" + parameters + "}",
+            "--no-progress-bar",
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "DDDM_CACHE": str(out / "cache")},
+    )
 
 
 @pytest.mark.slow
@@ -186,39 +266,58 @@ def test_the_job_trains_keeps_and_resumes(root, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "run" / "classifiers.json").read_text())["digits"]
     path = tmp_path / "run" / FEATURES["digits"]["file"]
-    assert record["images"] == 300 and len(record["history"]) == 2 and sum(map(sum, record["confusion"])) == 297
-    assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and {k: v.shape for k, v in load_file(path).items()} == {k: v.shape for k, v in network("digits").state_dict().items()}
+    assert (
+        record["images"] == 300 and len(record["history"]) == 2 and sum(map(sum, record["confusion"])) == 297
+    )
+    assert record["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest() and {
+        k: v.shape for k, v in load_file(path).items()
+    } == {k: v.shape for k, v in network("digits").state_dict().items()}
     again = job(root, tmp_path, f"networks: [digits], epochs: 2, limit: 300, out: {tmp_path / 'run'}")
-    assert again.returncode == 0 and json.loads((tmp_path / "run" / "classifiers.json").read_text())["digits"]["sha256"] == record["sha256"]
+    assert (
+        again.returncode == 0
+        and json.loads((tmp_path / "run" / "classifiers.json").read_text())["digits"]["sha256"]
+        == record["sha256"]
+    )
     other = job(root, tmp_path, f"networks: [digits], epochs: 3, limit: 300, out: {tmp_path / 'run'}")
     assert other.returncode == 1 and "is of another recipe" in other.stderr
 
 
 @pytest.mark.slow
 def test_the_job_trains_cifar_on_images_in_class_folders(root, tmp_path):
-    from PIL import Image
     import numpy as np
+    from PIL import Image
+
     rng = np.random.default_rng(0)
     for split, n in ("train", 30), ("test", 2):
         for name in FEATURES["cifar"]["class_names"]:
             (tmp_path / split / name).mkdir(parents=True)
-            for i in range(n): Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(tmp_path / split / name / f"{i}.png")
-    done = job(root, tmp_path, f"networks: [cifar], epochs: 1, cifar_train: {tmp_path / 'train'}, cifar_test: {tmp_path / 'test'}, out: {tmp_path / 'run'}")
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
+                    tmp_path / split / name / f"{i}.png"
+                )
+    done = job(
+        root,
+        tmp_path,
+        f"networks: [cifar], epochs: 1, cifar_train: {tmp_path / 'train'}, cifar_test: {tmp_path / 'test'}, out: {tmp_path / 'run'}",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "run" / "classifiers.json").read_text())["cifar"]
     assert record["images"] == 300 and record["test_images"] == 20 and record["parameters"] == 973386
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parameters, message", [
-    ("network: digits", "unknown parameter network; the parameters are networks"),
-    ("networks: [mnist]", "must be a list of digits, cifar"),
-    ("networks: digits", "must be a list of digits, cifar"),
-    ("networks: [cifar]", "cifar_train and cifar_test must be the paths"),
-    ("networks: [cifar], cifar_train: nowhere.zip, cifar_test: nowhere.zip", "nowhere.zip"),
-    ("epochs: 0", "epochs=0: must be an integer >= 1"),
-    ("seed: a", "seed='a': must be an integer"),
-])
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ("network: digits", "unknown parameter network; the parameters are networks"),
+        ("networks: [mnist]", "must be a list of digits, cifar"),
+        ("networks: digits", "must be a list of digits, cifar"),
+        ("networks: [cifar]", "cifar_train and cifar_test must be the paths"),
+        ("networks: [cifar], cifar_train: nowhere.zip, cifar_test: nowhere.zip", "nowhere.zip"),
+        ("epochs: 0", "epochs=0: must be an integer >= 1"),
+        ("seed: a", "seed='a': must be an integer"),
+    ],
+)
 def test_the_job_refuses_before_any_work(root, tmp_path, parameters, message):
     done = job(root, tmp_path, f"{parameters}, out: {tmp_path / 'run'}")
     assert done.returncode == 1 and message in done.stderr and not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
 "The jobs for a GPU, each whole, at the size of digits on a CPU."
+
 import json
 import os
 import subprocess
@@ -57,7 +58,8 @@ def test_a_failing_stage_is_noted_and_the_next_one_runs(root, tmp_path):
         "import time\nfrom stages import Job\njob = Job('three stages')\n"
         "job.stage(lambda: 1 / 0, name='fails')\n"
         "def hangs():\n    try: time.sleep(60)\n    except Exception: time.sleep(60)\n"
-        "job.stage(hangs, limit=0.5)\njob.stage(lambda: 7, name='works')\njob.finish()\n")
+        "job.stage(hangs, limit=0.5)\njob.stage(lambda: 7, name='works')\njob.finish()\n"
+    )
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHONPATH": f"{root}:{root / 'tests' / 'gpu'}"}
     subprocess.run([sys.executable, script, "--dry"], env=environment, check=True, capture_output=True)
     stages = json.loads((tmp_path / "results.json").read_text())["stages"]

@@ -1,16 +1,28 @@
 "What a module imports: the heavy libraries wait for the function that needs them."
+
 import json
 import subprocess
 import sys
 
-HEAVY = ("torch_fidelity", "torchvision", "lpips", "ipywidgets", "IPython", "matplotlib", "sklearn", "papermill")
+HEAVY = (
+    "torch_fidelity",
+    "torchvision",
+    "lpips",
+    "ipywidgets",
+    "IPython",
+    "matplotlib",
+    "sklearn",
+    "papermill",
+)
 
 
 def imported(*steps):
     "Which of the heavy libraries a fresh Python holds after each of `steps`, pieces of code."
     code = f"import json, sys\ndef heavy(): return [name for name in {HEAVY} if name in sys.modules]\nfound = []\n"
     code += "".join(f"{step}\nfound.append(heavy())\n" for step in steps) + "print(json.dumps(found))"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

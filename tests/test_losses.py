@@ -1,4 +1,5 @@
 """What 04_losses does not show: weights on disk, every trunk against the lpips package, and independent float64 formulas."""
+
 import copy
 import hashlib
 import math
@@ -28,7 +29,9 @@ def one_thread():
 
 def pair(shape=(3, 3, 40, 40), noise=0.3, seed=0):
     g = torch.Generator().manual_seed(seed)
-    y = F.interpolate(torch.rand(shape[0], shape[1], 5, 5, generator=g) * 2 - 1, size=shape[2:], mode="bilinear")
+    y = F.interpolate(
+        torch.rand(shape[0], shape[1], 5, 5, generator=g) * 2 - 1, size=shape[2:], mode="bilinear"
+    )
     return (y + noise * torch.randn(shape, generator=g)).clamp(-1, 1), y
 
 
@@ -55,11 +58,13 @@ def squeezenet(seed=3):
 
 class Maps(nn.Module):
     "Two smooth feature maps, with normalisation and dropout that must stay off."
+
     def __init__(self, channels=3):
         super().__init__()
         g = torch.Generator().manual_seed(0)
         self.a, self.b = nn.Conv2d(channels, 6, 3), nn.Conv2d(6, 4, 3, stride=2)
-        for p in self.parameters(): p.data = torch.randn(p.shape, generator=g) / 3
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=g) / 3
         self.norm, self.drop = nn.BatchNorm2d(6), nn.Dropout(0.5)
 
     def forward(self, x):
@@ -69,24 +74,41 @@ class Maps(nn.Module):
 
 # ---------------------------------------------------------------- pixel distances
 
+
 def exact(name, e, c, elementwise=False):
     "The formulas, in float64 NumPy, from the flattened differences e [B, D]."
-    if name == "l1": return np.abs(e).sum(1)
-    if name == "squared_l2": return (e ** 2).sum(1)
-    if name == "l2": return np.sqrt((e ** 2).sum(1))
-    if elementwise: return (np.sqrt(e ** 2 + c ** 2) - c).mean(1)
-    return np.sqrt((e ** 2).sum(1) + c ** 2) - c
+    if name == "l1":
+        return np.abs(e).sum(1)
+    if name == "squared_l2":
+        return (e**2).sum(1)
+    if name == "l2":
+        return np.sqrt((e**2).sum(1))
+    if elementwise:
+        return (np.sqrt(e**2 + c**2) - c).mean(1)
+    return np.sqrt((e**2).sum(1) + c**2) - c
 
 
-@pytest.mark.parametrize("name, c, options", [("l1", 0, {}), ("l2", 0, {}), ("squared_l2", 0, {}), ("pseudo_huber", 0, {}), ("pseudo_huber", 0.03, {}),
-                                              ("pseudo_huber", 5.0, {}), ("pseudo_huber", 0.3, dict(elementwise=True))])
+@pytest.mark.parametrize(
+    "name, c, options",
+    [
+        ("l1", 0, {}),
+        ("l2", 0, {}),
+        ("squared_l2", 0, {}),
+        ("pseudo_huber", 0, {}),
+        ("pseudo_huber", 0.03, {}),
+        ("pseudo_huber", 5.0, {}),
+        ("pseudo_huber", 0.3, dict(elementwise=True)),
+    ],
+)
 @pytest.mark.parametrize("shape", [(3, 3, 8, 8), (3, 1, 8, 8), (3, 5)])
 def test_pixel_distances_against_float64(name, c, options, shape):
     g = torch.Generator().manual_seed(1)
     x, y = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
     v = distance(name, c=c, **options)(x, y)
     assert v.dtype == torch.float32 and v.shape == (3,)
-    np.testing.assert_allclose(v.numpy(), exact(name, (x - y).double().flatten(1).numpy(), c, **options), rtol=1e-6)
+    np.testing.assert_allclose(
+        v.numpy(), exact(name, (x - y).double().flatten(1).numpy(), c, **options), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 100.0])
@@ -94,7 +116,7 @@ def test_pseudo_huber_gradient_against_its_formula(scale):
     c, e = 0.03, scale * torch.randn(2, 48, generator=torch.Generator().manual_seed(2))
     _, g = value_and_gradient(distance("pseudo_huber", c=c), e, torch.zeros_like(e))
     e = e.double()
-    torch.testing.assert_close(g.double(), e / ((e ** 2).sum(1, keepdim=True) + c ** 2).sqrt(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(g.double(), e / ((e**2).sum(1, keepdim=True) + c**2).sqrt(), rtol=1e-5, atol=0)
 
 
 def test_song_and_dhariwals_c():
@@ -111,9 +133,20 @@ def test_other_dtypes_are_computed_in_float32(dtype):
 
 def test_an_infinity_or_a_nan_comes_out():
     x, y = pair()
-    pixel = [distance("l2"), distance("pseudo_huber", c=0.03), distance("pseudo_huber", c=0.03, elementwise=True)]
-    trunk = [distance("pseudo_lpips", c=c, square=s, net="squeeze", weights=RANDOM) for c in (0.0, 0.01) for s in (True, False)]
-    for bad, ds in ((math.inf, pixel + trunk), (math.nan, [*pixel, *trunk, PerceptualDistance(features=Maps())])):
+    pixel = [
+        distance("l2"),
+        distance("pseudo_huber", c=0.03),
+        distance("pseudo_huber", c=0.03, elementwise=True),
+    ]
+    trunk = [
+        distance("pseudo_lpips", c=c, square=s, net="squeeze", weights=RANDOM)
+        for c in (0.0, 0.01)
+        for s in (True, False)
+    ]
+    for bad, ds in (
+        (math.inf, pixel + trunk),
+        (math.nan, [*pixel, *trunk, PerceptualDistance(features=Maps())]),
+    ):
         x[1, 0, 3, 3] = bad
         for d in ds:
             v = d(x, y)
@@ -121,6 +154,7 @@ def test_an_infinity_or_a_nan_comes_out():
 
 
 # ---------------------------------------------------------------- LPIPS against the package
+
 
 @pytest.mark.parametrize("net", ["squeeze", "alex", "vgg"])
 def test_lpips_equals_the_package(net):
@@ -134,9 +168,12 @@ def test_lpips_equals_the_package(net):
 
 
 def test_heads_are_the_shipped_ones():
-    shipped = torch.load(f"{lpips.__path__[0]}/weights/v0.1/squeeze.pth", map_location="cpu", weights_only=True)
+    shipped = torch.load(
+        f"{lpips.__path__[0]}/weights/v0.1/squeeze.pth", map_location="cpu", weights_only=True
+    )
     heads = PerceptualDistance(net="squeeze", weights=RANDOM).heads
-    for head, w in zip(heads, shipped.values(), strict=True): assert torch.equal(head.weight, w)
+    for head, w in zip(heads, shipped.values(), strict=True):
+        assert torch.equal(head.weight, w)
 
 
 def test_features_equal_the_packages_unweighted_baseline():
@@ -148,14 +185,19 @@ def test_features_equal_the_packages_unweighted_baseline():
 
 def test_resize_and_grey():
     x, y = pair()
-    native, resized = PerceptualDistance(net="squeeze", weights=RANDOM), PerceptualDistance(net="squeeze", resize=56, weights=RANDOM)
+    native, resized = (
+        PerceptualDistance(net="squeeze", weights=RANDOM),
+        PerceptualDistance(net="squeeze", resize=56, weights=RANDOM),
+    )
     up = [F.interpolate(v, size=(56, 56), mode="bilinear", align_corners=False) for v in (x, y)]
     assert torch.equal(resized(x, y), native(*up))
     x1, y1 = x[:, :1], y[:, :1]
     assert torch.equal(native(x1, y1), native(x1.repeat(1, 3, 1, 1), y1.repeat(1, 3, 1, 1)))
     small = PerceptualDistance(net="squeeze", resize=32, weights=RANDOM)
     assert small(x1[..., :8, :8], y1[..., :8, :8]).shape == (3,)
-    grey = PerceptualDistance(features=Maps(channels=1))                     # the caller's module gets the channels that there are
+    grey = PerceptualDistance(
+        features=Maps(channels=1)
+    )  # the caller's module gets the channels that there are
     assert grey(x1, y1).shape == (3,)
 
 
@@ -164,7 +206,8 @@ def test_smallest_size(net, least):
     d = PerceptualDistance(net=net, weights=RANDOM)
     x, y = pair((1, 3, least, least))
     assert d(x, y).isfinite().all()
-    with pytest.raises(ValueError, match=f"needs {least} pixels a side; pass resize=224"): d(x[..., 1:, :], y[..., 1:, :])
+    with pytest.raises(ValueError, match=f"needs {least} pixels a side; pass resize=224"):
+        d(x[..., 1:, :], y[..., 1:, :])
 
 
 @pytest.mark.parametrize("square", [True, False])
@@ -172,16 +215,24 @@ def test_pseudo_lpips_is_the_formula_of_lpips(square):
     x, y = pair()
     options = dict(net="squeeze", weights=RANDOM)
     score, c = distance("lpips", **options)(x, y).double(), 0.01
-    expected = (score ** 2 + c ** 2).sqrt() - c if square else (score + c ** 2).sqrt() - c
-    torch.testing.assert_close(distance("pseudo_lpips", c=c, square=square, **options)(x, y).double(), expected, rtol=1e-5, atol=0)
+    expected = (score**2 + c**2).sqrt() - c if square else (score + c**2).sqrt() - c
+    torch.testing.assert_close(
+        distance("pseudo_lpips", c=c, square=square, **options)(x, y).double(), expected, rtol=1e-5, atol=0
+    )
     zero = distance("pseudo_lpips", square=square, **options)(x, y).double()
     torch.testing.assert_close(zero, score if square else score.sqrt(), rtol=1e-6, atol=0)
 
 
 def test_samples_do_not_mix():
     x, y = pair()
-    for d in (distance("l2"), distance("pseudo_lpips", c=0.01, net="squeeze", weights=RANDOM), PerceptualDistance(features=Maps())):
-        torch.testing.assert_close(d(x, y), torch.cat([d(x[i:i + 1], y[i:i + 1]) for i in range(3)]), rtol=1e-5, atol=1e-7)
+    for d in (
+        distance("l2"),
+        distance("pseudo_lpips", c=0.01, net="squeeze", weights=RANDOM),
+        PerceptualDistance(features=Maps()),
+    ):
+        torch.testing.assert_close(
+            d(x, y), torch.cat([d(x[i : i + 1], y[i : i + 1]) for i in range(3)]), rtol=1e-5, atol=1e-7
+        )
         assert d(x[:0], y[:0]).shape == (0,)
 
 
@@ -190,7 +241,7 @@ def test_samples_do_not_mix():
 @pytest.mark.parametrize("c", [0.0, 1e-30, 1e-19, 1e-4, 0.1])
 def test_gradients_are_finite_on_the_way_to_zero(net, square, c):
     d = distance("pseudo_lpips", c=c, square=square, net=net, weights=RANDOM)
-    for y in (torch.full((1, 3, 40, 40), -1.0), pair((1, 3, 40, 40))[1]):    # a black image too
+    for y in (torch.full((1, 3, 40, 40), -1.0), pair((1, 3, 40, 40))[1]):  # a black image too
         noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
         for s in (0.1, 1e-4, 1e-7, 1e-20, 0.0):
             v, g = value_and_gradient(d, y + s * noise, y)
@@ -199,6 +250,7 @@ def test_gradients_are_finite_on_the_way_to_zero(net, square, c):
 
 
 # ---------------------------------------------------------------- an instrument
+
 
 def test_frozen_whatever_the_caller_does():
     x, y = pair()
@@ -210,10 +262,21 @@ def test_frozen_whatever_the_caller_does():
     outer.train()
     assert not d.training and not any(m.training for m in d.modules())
     assert torch.equal(d(x, y), v) and torch.equal(d(x, y), v)
-    assert list(d.parameters()) == [] and d.state_dict() == {} and sum(p.numel() for p in outer.parameters()) == 6
-    assert all(torch.equal(before[k], b) for k, b in maps.state_dict().items())             # the caller's module is not touched
-    assert len(list(maps.parameters())) == 6 and all(p.requires_grad for p in maps.parameters()) and maps.training
-    with torch.no_grad(): maps.a.weight.zero_()
+    assert (
+        list(d.parameters()) == []
+        and d.state_dict() == {}
+        and sum(p.numel() for p in outer.parameters()) == 6
+    )
+    assert all(
+        torch.equal(before[k], b) for k, b in maps.state_dict().items()
+    )  # the caller's module is not touched
+    assert (
+        len(list(maps.parameters())) == 6
+        and all(p.requires_grad for p in maps.parameters())
+        and maps.training
+    )
+    with torch.no_grad():
+        maps.a.weight.zero_()
     assert torch.equal(d(x, y), v)
 
 
@@ -225,9 +288,14 @@ def test_to_moves_everything():
 
 def test_float32_inside_autocast_and_no_gradient_to_the_target():
     x, y = pair()
-    for d in (distance("l1"), distance("pseudo_huber", c=0.03), distance("lpips", net="squeeze", weights=RANDOM)):
+    for d in (
+        distance("l1"),
+        distance("pseudo_huber", c=0.03),
+        distance("lpips", net="squeeze", weights=RANDOM),
+    ):
         v, g = value_and_gradient(d, x, y)
-        with torch.autocast("cpu", dtype=torch.bfloat16): v_in, g_in = value_and_gradient(d, x, y)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            v_in, g_in = value_and_gradient(d, x, y)
         assert v_in.dtype == torch.float32 and torch.equal(v, v_in) and torch.equal(g, g_in)
         target = y.clone().requires_grad_()
         d(x.clone().requires_grad_(), target).sum().backward()
@@ -235,7 +303,9 @@ def test_float32_inside_autocast_and_no_gradient_to_the_target():
 
 
 def test_building_leaves_the_random_states_alone():
-    def states(): return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
     before = states()
     a, b = (distance("lpips", net="squeeze", weights=RANDOM) for _ in range(2))
     assert states() == before
@@ -244,7 +314,9 @@ def test_building_leaves_the_random_states_alone():
 
 # ---------------------------------------------------------------- weights on disk
 
-def no_network(*args, **kwargs): raise urllib.error.URLError("no network in this test")
+
+def no_network(*args, **kwargs):
+    raise urllib.error.URLError("no network in this test")
 
 
 def test_weights_from_a_file(tmp_path):
@@ -252,10 +324,18 @@ def test_weights_from_a_file(tmp_path):
     model, path = squeezenet(), tmp_path / "mine.pth"
     torch.save(model.state_dict(), path)
     theirs = package("squeeze")
-    for k in theirs.net.state_dict(): theirs.net.state_dict()[k].copy_(model.state_dict()["features." + k.split(".", 1)[1]])
+    for k in theirs.net.state_dict():
+        theirs.net.state_dict()[k].copy_(model.state_dict()["features." + k.split(".", 1)[1]])
     for weights in (path, str(path)):
-        torch.testing.assert_close(distance("lpips", net="squeeze", weights=weights)(x, y), theirs(x, y).flatten().detach(), rtol=0, atol=1e-6)
-    assert (distance("lpips", net="squeeze", weights=RANDOM)(x, y) - theirs(x, y).flatten()).abs().min() > 1e-5
+        torch.testing.assert_close(
+            distance("lpips", net="squeeze", weights=weights)(x, y),
+            theirs(x, y).flatten().detach(),
+            rtol=0,
+            atol=1e-6,
+        )
+    assert (
+        distance("lpips", net="squeeze", weights=RANDOM)(x, y) - theirs(x, y).flatten()
+    ).abs().min() > 1e-5
 
 
 def test_weights_in_torchs_own_folder(tmp_path, monkeypatch):
@@ -268,11 +348,14 @@ def test_weights_in_torchs_own_folder(tmp_path, monkeypatch):
     path = (folder / "new.pth").rename(folder / f"squeezenet1_1-{digest}.pth")
     monkeypatch.setitem(losses.TRUNKS, "squeeze", (path.name, 17))
     x, y = pair()
-    assert torch.equal(distance("lpips", net="squeeze")(x, y), distance("lpips", net="squeeze", weights=path)(x, y))
+    assert torch.equal(
+        distance("lpips", net="squeeze")(x, y), distance("lpips", net="squeeze", weights=path)(x, y)
+    )
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1                                                # one flipped bit
+    data[len(data) // 2] ^= 1  # one flipped bit
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="damaged: its SHA-256"): distance("lpips", net="squeeze")
+    with pytest.raises(ValueError, match="damaged: its SHA-256"):
+        distance("lpips", net="squeeze")
 
 
 @pytest.mark.parametrize("net", ["vgg", "alex", "squeeze"])
@@ -281,17 +364,27 @@ def test_missing_weights_stop_before_any_work(tmp_path, monkeypatch, net, name):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     monkeypatch.setattr(lpips, "LPIPS", lambda *a, **k: pytest.fail("a network was built"))
-    with pytest.raises(FileNotFoundError) as err: distance(name, net=net)
-    for part in (losses.TRUNKS[net][0], str(tmp_path), "https://download.pytorch.org/models/", "option weights", "no network in this test"):
+    with pytest.raises(FileNotFoundError) as err:
+        distance(name, net=net)
+    for part in (
+        losses.TRUNKS[net][0],
+        str(tmp_path),
+        "https://download.pytorch.org/models/",
+        "option weights",
+        "no network in this test",
+    ):
         assert part in str(err.value)
-    with pytest.raises(FileNotFoundError, match="nowhere.pth"): distance(name, net=net, weights=tmp_path / "nowhere.pth")
+    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
+        distance(name, net=net, weights=tmp_path / "nowhere.pth")
 
 
 def test_a_download_goes_where_torchvision_looks(tmp_path, monkeypatch):
     asked = []
+
     def download(url, dst, *args, **kwargs):
         asked.append(url)
         open(dst, "wb").write(b"weights")
+
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     name = f"squeezenet1_1-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
@@ -302,6 +395,7 @@ def test_a_download_goes_where_torchvision_looks(tmp_path, monkeypatch):
 
 def test_torchvision_names_match_ours():
     from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
+
     for net, w in (("vgg", VGG16_Weights), ("alex", AlexNet_Weights), ("squeeze", SqueezeNet1_1_Weights)):
         assert w.IMAGENET1K_V1.url == f"https://download.pytorch.org/models/{losses.TRUNKS[net][0]}"
 
@@ -321,44 +415,78 @@ def damaged_files(folder):
     torch.save({k: v[:1] for k, v in squeezenet().state_dict().items()}, shape)
     tensor = folder / "tensor.pth"
     torch.save(torch.zeros(3), tensor)
-    return {cut: "cannot be read", empty: "cannot be read", text: "cannot be read", other: "does not fit", shape: "does not fit", tensor: "does not fit"}
+    return {
+        cut: "cannot be read",
+        empty: "cannot be read",
+        text: "cannot be read",
+        other: "does not fit",
+        shape: "does not fit",
+        tensor: "does not fit",
+    }
 
 
 def test_damaged_weights_are_named(tmp_path):
     for path, message in damaged_files(tmp_path).items():
-        with pytest.raises(ValueError, match=message) as err: distance("lpips", net="squeeze", weights=path)
+        with pytest.raises(ValueError, match=message) as err:
+            distance("lpips", net="squeeze", weights=path)
         assert str(path) in str(err.value)
 
 
 # ---------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: distance("lpip"), "did you mean 'lpips'"),
-    (lambda: distance(None), "distance None is unknown"),
-    (lambda: distance("pseudo_huber", c=-1), "c=-1: expected a finite number >= 0"),
-    (lambda: distance("pseudo_huber", c=math.inf), "expected a finite number"),
-    (lambda: distance("pseudo_huber", c="1e-3"), "expected a finite number"),
-    (lambda: distance("pseudo_huber", c=None), "expected a finite number"),
-    (lambda: distance("pseudo_huber", c=True), "expected a finite number"),
-    (lambda: distance("lpips", c=0.1, features=Maps()), "lpips has no c"),
-    (lambda: distance("pseudo_lpips", sqare=False), "did you mean 'square'"),
-    (lambda: distance("pseudo_huber", net="vgg"), "option of pseudo_huber 'net' is unknown"),
-    (lambda: distance("lpips", finish=abs), "'finish' is unknown"),
-    (lambda: distance("lpips", net="vgg16"), "net='vgg16' is unknown; expected one of vgg, alex, squeeze"),
-    (lambda: distance("lpips", features=Maps(), weights="x.pth"), "give one of the two"),
-    (lambda: distance("lpips", features=lambda x: [x]), "must be a torch.nn.Module, not function"),
-    *((lambda r=r: distance("lpips", features=Maps(), resize=r), "expected None or a whole number") for r in (0, -1, 32.5, "224", True)),
-    (lambda: distance("lpips", features=nn.Conv2d(3, 4, 3))(*pair()), "non-empty list or tuple of maps"),
-    (lambda: distance("lpips", features=Maps())(*pair()[:1], pair()[1][:2]), "expected that of x"),
-    (lambda: distance("l1")(torch.zeros(3), torch.zeros(3)), r"expected \[B, …\]"),
-    (lambda: distance("l1")(torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.long)), "y has dtype torch.int64"),
-    (lambda: distance("lpips", net="squeeze", weights=RANDOM)(torch.zeros(1, 4, 32, 32), torch.zeros(1, 4, 32, 32)), "1 or 3 channels"),
-    (lambda: distance("lpips", net="squeeze", weights=RANDOM)(torch.zeros(1, 3, 32), torch.zeros(1, 3, 32)), r"expected \[B, C, H, W\]"),
-])
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: distance("lpip"), "did you mean 'lpips'"),
+        (lambda: distance(None), "distance None is unknown"),
+        (lambda: distance("pseudo_huber", c=-1), "c=-1: expected a finite number >= 0"),
+        (lambda: distance("pseudo_huber", c=math.inf), "expected a finite number"),
+        (lambda: distance("pseudo_huber", c="1e-3"), "expected a finite number"),
+        (lambda: distance("pseudo_huber", c=None), "expected a finite number"),
+        (lambda: distance("pseudo_huber", c=True), "expected a finite number"),
+        (lambda: distance("lpips", c=0.1, features=Maps()), "lpips has no c"),
+        (lambda: distance("pseudo_lpips", sqare=False), "did you mean 'square'"),
+        (lambda: distance("pseudo_huber", net="vgg"), "option of pseudo_huber 'net' is unknown"),
+        (lambda: distance("lpips", finish=abs), "'finish' is unknown"),
+        (
+            lambda: distance("lpips", net="vgg16"),
+            "net='vgg16' is unknown; expected one of vgg, alex, squeeze",
+        ),
+        (lambda: distance("lpips", features=Maps(), weights="x.pth"), "give one of the two"),
+        (lambda: distance("lpips", features=lambda x: [x]), "must be a torch.nn.Module, not function"),
+        *(
+            (lambda r=r: distance("lpips", features=Maps(), resize=r), "expected None or a whole number")
+            for r in (0, -1, 32.5, "224", True)
+        ),
+        (lambda: distance("lpips", features=nn.Conv2d(3, 4, 3))(*pair()), "non-empty list or tuple of maps"),
+        (lambda: distance("lpips", features=Maps())(*pair()[:1], pair()[1][:2]), "expected that of x"),
+        (lambda: distance("l1")(torch.zeros(3), torch.zeros(3)), r"expected \[B, …\]"),
+        (
+            lambda: distance("l1")(torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.long)),
+            "y has dtype torch.int64",
+        ),
+        (
+            lambda: distance("lpips", net="squeeze", weights=RANDOM)(
+                torch.zeros(1, 4, 32, 32), torch.zeros(1, 4, 32, 32)
+            ),
+            "1 or 3 channels",
+        ),
+        (
+            lambda: distance("lpips", net="squeeze", weights=RANDOM)(
+                torch.zeros(1, 3, 32), torch.zeros(1, 3, 32)
+            ),
+            r"expected \[B, C, H, W\]",
+        ),
+    ],
+)
 def test_bad_input(call, message):
-    with pytest.raises(ValueError, match=message): call()
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_numpy_numbers_are_numbers():
     x, y = pair()
-    assert torch.equal(distance("pseudo_huber", c=np.float32(0.5))(x, y), distance("pseudo_huber", c=0.5)(x, y))
+    assert torch.equal(
+        distance("pseudo_huber", c=np.float32(0.5))(x, y), distance("pseudo_huber", c=0.5)(x, y)
+    )

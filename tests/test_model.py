@@ -1,4 +1,5 @@
 "What notebook 02 does not show: the flow recomputed by two other methods, gradients, precision, state dict, and the list of bad inputs."
+
 import copy
 
 import pytest
@@ -13,14 +14,23 @@ from dddm.schedule import VPSchedule
 
 
 class ExactF(nn.Module):
-    def __init__(self, mixture, schedule): super().__init__(); self.mixture, self.schedule = mixture, schedule
-    def forward(self, x_t, t, x0_estimate, label): return x_t - self.mixture.flow(x_t, t, self.schedule)
+    def __init__(self, mixture, schedule):
+        super().__init__()
+        self.mixture, self.schedule = mixture, schedule
+
+    def forward(self, x_t, t, x0_estimate, label):
+        return x_t - self.mixture.flow(x_t, t, self.schedule)
 
 
 class Conv(nn.Module):
     "A small image net that uses all of its inputs; `shape` is of one sample."
+
     shape = (3, 8, 8)
-    def __init__(self): super().__init__(); self.conv, self.label = nn.Conv2d(6, 3, 3, padding=1), nn.Embedding(5, 3)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.label = nn.Conv2d(6, 3, 3, padding=1), nn.Embedding(5, 3)
+
     def forward(self, x_t, t, x0_estimate, label):
         h = self.conv(torch.cat([x_t, x0_estimate], 1)) + (t / 1000).to(x_t)[:, None, None, None]
         return h if label is None else h + self.label(label)[:, :, None, None]
@@ -28,8 +38,15 @@ class Conv(nn.Module):
 
 def images(n=5, seed=0):
     g = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(): torch.manual_seed(seed); model = DDDM(Conv(), VPSchedule())
-    return model, torch.randn(n, 3, 8, 8, generator=g), torch.randn(n, 3, 8, 8, generator=g), torch.tensor([0, 1, 10, 500, 1000])[:n]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = DDDM(Conv(), VPSchedule())
+    return (
+        model,
+        torch.randn(n, 3, 8, 8, generator=g),
+        torch.randn(n, 3, 8, 8, generator=g),
+        torch.tensor([0, 1, 10, 500, 1000])[:n],
+    )
 
 
 def test_exact_net_against_root_finding_on_quantiles():
@@ -39,7 +56,7 @@ def test_exact_net_against_root_finding_on_quantiles():
 
     def cdf(x, ab):
         parts = zip(mix.weights.tolist(), mix.means[:, 0].tolist(), mix.stds.tolist())
-        return sum(w * norm.cdf(x, ab ** 0.5 * m, (ab * s * s + 1 - ab) ** 0.5) for w, m, s in parts)
+        return sum(w * norm.cdf(x, ab**0.5 * m, (ab * s * s + 1 - ab) ** 0.5) for w, m, s in parts)
 
     for t in (1, 50, 300, 1000):
         for x in (-1.1, 0.05, 0.9):
@@ -76,7 +93,7 @@ def test_f_is_x_t_minus_F_and_x_t_at_zero():
 
 def test_samples_do_not_see_each_other():
     model, estimate, x_t, t = images()
-    alone = torch.cat([model(estimate[i:i + 1], x_t[i:i + 1], t[i:i + 1]) for i in range(5)])
+    alone = torch.cat([model(estimate[i : i + 1], x_t[i : i + 1], t[i : i + 1]) for i in range(5)])
     assert torch.allclose(model(estimate, x_t, t), alone, atol=1e-6)
 
 
@@ -98,7 +115,8 @@ def test_gradients_reach_the_net_except_from_t_0():
 
 def test_autocast_keeps_the_subtraction_in_float32():
     model, estimate, x_t, t = images()
-    with torch.autocast("cpu", torch.bfloat16): out = model(estimate, x_t, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(estimate, x_t, t)
     assert out.dtype == torch.float32 and torch.equal(out[0], x_t[0])
 
 
@@ -107,20 +125,37 @@ def test_state_dict_is_the_nets_weights_alone():
     assert set(model.state_dict()) == {"net." + k for k in model.net.state_dict()}
     other = images(seed=1)[0]
     other.load_state_dict(model.state_dict())
-    for m in (other, copy.deepcopy(model)): assert torch.equal(m(estimate, x_t, t), model(estimate, x_t, t))
+    for m in (other, copy.deepcopy(model)):
+        assert torch.equal(m(estimate, x_t, t), model(estimate, x_t, t))
 
 
 def test_bad_input_is_refused_before_the_net_runs():
     class Never(nn.Module):
-        def forward(self, *_): raise AssertionError("the net ran")
+        def forward(self, *_):
+            raise AssertionError("the net ran")
+
     model, x, t = DDDM(Never(), VPSchedule()), torch.zeros(4, 2), torch.tensor([1, 2, 3, 4])
-    spoilt = x.clone(); spoilt[2, 1] = float("nan")
-    for arguments, name in (((x[:3], x, t), "x0_estimate"), ((x[:, :1], x, t), "x0_estimate"), ((x, x, t[:3]), "t has shape"), ((x, x, t - 2), "t ranges"),
-                            ((x, x, t + 999), "t ranges"), ((x, x, t.float()), "t has dtype"), ((x, x, t, t[:2]), "label"), ((spoilt, x, t), "x0_estimate"), ((x, spoilt, t), "x_t")):
-        with pytest.raises(ValueError, match=name): model(*arguments)
+    spoilt = x.clone()
+    spoilt[2, 1] = float("nan")
+    for arguments, name in (
+        ((x[:3], x, t), "x0_estimate"),
+        ((x[:, :1], x, t), "x0_estimate"),
+        ((x, x, t[:3]), "t has shape"),
+        ((x, x, t - 2), "t ranges"),
+        ((x, x, t + 999), "t ranges"),
+        ((x, x, t.float()), "t has dtype"),
+        ((x, x, t, t[:2]), "label"),
+        ((spoilt, x, t), "x0_estimate"),
+        ((x, spoilt, t), "x_t"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            model(*arguments)
 
 
 def test_a_net_of_the_wrong_shape_is_refused():
     class Sum(nn.Module):
-        def forward(self, x_t, *_): return x_t.sum(1, keepdim=True)                 # would broadcast in silence
-    with pytest.raises(ValueError, match=r"net returned shape \(4, 1\)"): DDDM(Sum(), VPSchedule())(torch.zeros(4, 2), torch.zeros(4, 2), torch.tensor([1, 2, 3, 4]))
+        def forward(self, x_t, *_):
+            return x_t.sum(1, keepdim=True)  # would broadcast in silence
+
+    with pytest.raises(ValueError, match=r"net returned shape \(4, 1\)"):
+        DDDM(Sum(), VPSchedule())(torch.zeros(4, 2), torch.zeros(4, 2), torch.tensor([1, 2, 3, 4]))

@@ -1,4 +1,5 @@
 "Every notebook runs from top to bottom: one test a notebook, by nbdev's own runner, each in a process of its own."
+
 import pathlib
 import subprocess
 import sys
@@ -7,16 +8,26 @@ import nbformat
 import pytest
 
 NBS = pathlib.Path(__file__).resolve().parents[1] / "nbs"
-JOBS = {"ablate", "train", "benchmark", "classifiers", "compare", "evaluate"}                  # papermill jobs, minutes each: tests/test_jobs.py runs them, at a small size
+JOBS = {
+    "ablate",
+    "train",
+    "benchmark",
+    "classifiers",
+    "compare",
+    "evaluate",
+}  # papermill jobs, minutes each: tests/test_jobs.py runs them, at a small size
 RUN = "import sys; from nbdev.test import test_nb; ok, _ = test_nb(sys.argv[1], skip_flags=['notest'], force_flags=['slow'], basepath=sys.argv[2]); sys.exit(not ok)"
 
 
-def notebooks(but=()): return [pytest.param(p, id=p.stem) for p in sorted(NBS.glob("*.ipynb")) if p.stem not in but]
+def notebooks(but=()):
+    return [pytest.param(p, id=p.stem) for p in sorted(NBS.glob("*.ipynb")) if p.stem not in but]
 
 
 @pytest.mark.parametrize("path", notebooks(but=JOBS))
 def test_runs(path):
-    done = subprocess.run([sys.executable, "-c", RUN, str(path), str(NBS.parent)], cwd=NBS, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(path), str(NBS.parent)], cwd=NBS, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{path.name}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
 
 
@@ -31,10 +42,17 @@ def test_as_committed(path):
     assert "widgets" not in nb.metadata
     assert not [o for c in code for o in c.outputs if o.output_type == "error"]
     assert not code or any(c.outputs for c in code), f"{path.name} is committed without outputs: run it"
-    for place in {str(pathlib.Path.home()), str(NBS.parents[1])} - {"/"}: assert f"{place}/" not in text, f"{path.name} names {place}"
+    for place in {str(pathlib.Path.home()), str(NBS.parents[1])} - {"/"}:
+        assert f"{place}/" not in text, f"{path.name} names {place}"
 
 
-@pytest.mark.parametrize("path", [pytest.param(NBS / f"{name}.ipynb", id=name) for name in sorted(JOBS | {"09b_reproduction", "09c_cifar"})])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(NBS / f"{name}.ipynb", id=name)
+        for name in sorted(JOBS | {"09b_reproduction", "09c_cifar"})
+    ],
+)
 def test_takes_parameters(path):
     "papermill puts its parameters behind the one cell that has the tag."
     tagged = [c for c in nbformat.read(path, 4).cells if "parameters" in c.metadata.get("tags", [])]

@@ -1,4 +1,5 @@
 "What the objectives notebook cannot show: each number recomputed sample by sample, what must not leak, and two processes."
+
 import copy
 import json
 import math
@@ -13,69 +14,146 @@ from torch import nn
 from dddm import training
 from dddm.losses import distance
 from dddm.model import DDDM
-from dddm.objectives import (ESTIMATES, OBJECTIVES, Boundary, Part, assemble, estimate_of, fill, from_noise, generate, ladder, level_count,
-                             levels, needs_store, objective_value, sampler_of, sigma, times_down)
+from dddm.objectives import (
+    ESTIMATES,
+    OBJECTIVES,
+    Boundary,
+    Part,
+    assemble,
+    estimate_of,
+    fill,
+    from_noise,
+    generate,
+    ladder,
+    level_count,
+    levels,
+    needs_store,
+    objective_value,
+    sampler_of,
+    sigma,
+    times_down,
+)
 from dddm.schedule import VPSchedule
 from dddm.training import TrainConfig, epoch_batches, newest_checkpoint, open_store, train
 from dddm.unet import Dropout, seed_dropout
 
 schedule, T = VPSchedule(1000), 1000
-AB = np.cumprod(1 - np.concatenate([[0], (0.1 + np.arange(1000) / 999 * 19.9) / 1000]))          # the schedule, on its own
-FEEDS = [(o, e) for o, e in [("paper", h) for h in ("store", "noise", "truth", "shuffled", "self")] + [("published_code", "store"), ("consistency", "self"),
-                                                                                                     ("consistency", "noise"), ("consistency", "store"), ("improved_consistency", "none"), ("regression", "none")]]
+AB = np.cumprod(
+    1 - np.concatenate([[0], (0.1 + np.arange(1000) / 999 * 19.9) / 1000])
+)  # the schedule, on its own
+FEEDS = [
+    (o, e)
+    for o, e in [("paper", h) for h in ("store", "noise", "truth", "shuffled", "self")]
+    + [
+        ("published_code", "store"),
+        ("consistency", "self"),
+        ("consistency", "noise"),
+        ("consistency", "store"),
+        ("improved_consistency", "none"),
+        ("regression", "none"),
+    ]
+]
 
 
 class Toy(nn.Module):
     "A net that is as easily written in numpy: tanh of a mixture of its inputs, then dropout."
+
     shape = (1, 2, 2)
+
     def __init__(self, dropout=0.0):
         super().__init__()
         self.w, self.drop, self.calls = nn.Parameter(torch.tensor([0.7, 0.4, -0.3])), Dropout(dropout), []
+
     def forward(self, x_t, t, x0_estimate, label):
-        out = self.drop(torch.tanh(self.w[0] * x_t + self.w[1] * x0_estimate + self.w[2] * (t / T).reshape(-1, 1, 1, 1)))
-        self.calls.append((x_t.detach().clone(), t.clone(), x0_estimate.detach().clone(), torch.is_grad_enabled(), out.detach().clone()))
+        out = self.drop(
+            torch.tanh(self.w[0] * x_t + self.w[1] * x0_estimate + self.w[2] * (t / T).reshape(-1, 1, 1, 1))
+        )
+        self.calls.append(
+            (
+                x_t.detach().clone(),
+                t.clone(),
+                x0_estimate.detach().clone(),
+                torch.is_grad_enabled(),
+                out.detach().clone(),
+            )
+        )
         return out
 
 
 def some_part(n=12, seed=0, **more):
     g = torch.Generator().manual_seed(seed)
     x0, estimate, noise, first = (torch.randn(n, 1, 2, 2, generator=g) for _ in range(4))
-    return Part(x0.clamp(-1, 1), estimate, torch.randint(1, T + 1, (n,), generator=g), noise, first, torch.rand(n, generator=g), **more)
+    return Part(
+        x0.clamp(-1, 1),
+        estimate,
+        torch.randint(1, T + 1, (n,), generator=g),
+        noise,
+        first,
+        torch.rand(n, generator=g),
+        **more,
+    )
 
 
 def evaluate(objective, model, part, estimate=None, **more):
     "Value, row for the store, and the times that were used."
-    value, row, part = objective_value(objective, model, distance("squared_l2"), schedule, part, estimate, **more)
+    value, row, part = objective_value(
+        objective, model, distance("squared_l2"), schedule, part, estimate, **more
+    )
     return value, row, part.t
 
 
-def net_by_hand(x, t, e): return np.tanh(0.7 * x + 0.4 * e - 0.3 * t / T)
+def net_by_hand(x, t, e):
+    return np.tanh(0.7 * x + 0.4 * e - 0.3 * t / T)
+
 
 def f_by_hand(x, t, e, scaled):
-    if t == 0: return x
+    if t == 0:
+        return x
     a, b = math.sqrt(AB[t]), math.sqrt(1 - AB[t])
     return a * x - b * net_by_hand(x, t, e) if scaled else x - net_by_hand(x, t, e)
 
+
 def estimate_by_hand(how, p, i, x, t, scaled):
-    if how == "store": return p["estimate"][i]
-    if how == "truth": return p["x0"][i]
-    if how == "shuffled": return p["estimate"][i - 1]
-    if how == "none": return 0 * x
-    if how == "noise" or i % 2: return p["first"][i]
+    if how == "store":
+        return p["estimate"][i]
+    if how == "truth":
+        return p["x0"][i]
+    if how == "shuffled":
+        return p["estimate"][i - 1]
+    if how == "none":
+        return 0 * x
+    if how == "noise" or i % 2:
+        return p["first"][i]
     return np.clip(f_by_hand(x, t, p["first"][i], scaled), -1, 1)
+
 
 def loss_by_hand(objective, how, p, i, epoch, count):
     "The number of sample i in plain numpy."
-    scaled, x0, noise = objective in ("consistency", "improved_consistency", "regression"), p["x0"][i], p["noise"][i]
+    scaled, x0, noise = (
+        objective in ("consistency", "improved_consistency", "regression"),
+        p["x0"][i],
+        p["noise"][i],
+    )
+
     def answer(t):
         x = math.sqrt(AB[t]) * x0 + math.sqrt(1 - AB[t]) * noise
         return f_by_hand(x, t, estimate_by_hand(how, p, i, x, t, scaled), scaled)
+
     if "consistency" not in objective:
         x_hat, w = answer(int(p["t"][i])), 1 / (epoch + 1)
         to_row = ((x_hat - p["estimate"][i]) ** 2).sum()
-        return w * ((x_hat - x0) ** 2).sum() + (1 - w) * to_row if objective == "published_code" else ((x_hat - x0) ** 2).sum()
+        return (
+            w * ((x_hat - x0) ** 2).sum() + (1 - w) * to_row
+            if objective == "published_code"
+            else ((x_hat - x0) ** 2).sum()
+        )
     s = np.sqrt((1 - AB) / AB)
-    spaced = [0] + sorted({int(np.abs(s ** (1 / 7) - v + 1e9 * (s ** (1 / 7) < v - 1e-12)).argmin()) for v in np.linspace(s[1] ** (1 / 7), s[-1] ** (1 / 7), count)})
+    spaced = [0] + sorted(
+        {
+            int(np.abs(s ** (1 / 7) - v + 1e9 * (s ** (1 / 7) < v - 1e-12)).argmin())
+            for v in np.linspace(s[1] ** (1 / 7), s[-1] ** (1 / 7), count)
+        }
+    )
     phi = [0.0] + [0.5 * (1 + math.erf((math.log(s[t]) + 1.1) / (2 * math.sqrt(2)))) for t in spaced[1:]]
     k = next(k for k in range(1, len(spaced)) if p["u"][i] < phi[k] / phi[-1] or k == len(spaced) - 1)
     return ((answer(spaced[k]) - answer(spaced[k - 1])) ** 2).sum() / (s[spaced[k]] - s[spaced[k - 1]])
@@ -88,7 +166,9 @@ def test_every_number_by_hand(objective, how):
         part = some_part(epoch=epoch, progress=progress)
         value, row, t = evaluate(objective, model, part, how, level_range=(10, 80))
         p = {k: v.double().numpy() if torch.is_tensor(v) else v for k, v in vars(part).items()}
-        expected = [loss_by_hand(objective, how, p, i, epoch, {0.0: 10, 0.6: 40}[progress]) for i in range(12)]
+        expected = [
+            loss_by_hand(objective, how, p, i, epoch, {0.0: 10, 0.6: 40}[progress]) for i in range(12)
+        ]
         np.testing.assert_allclose(value.detach().numpy(), expected, rtol=2e-3, atol=1e-5)
         assert value.shape == (12,) and value.requires_grad and t.shape == (12,)
 
@@ -98,24 +178,37 @@ def test_what_goes_to_the_store():
     before = part.estimate.clone()
     for objective, how in FEEDS:
         value, row, t = evaluate(objective, assemble(objective, Toy(), schedule), part, how)
-        if "consistency" in objective and how != "store": assert row is None
-        elif objective == "published_code": assert torch.equal(row, part.x0)
-        else: assert row.shape == part.x0.shape and not row.requires_grad and not torch.equal(row, part.x0)
+        if "consistency" in objective and how != "store":
+            assert row is None
+        elif objective == "published_code":
+            assert torch.equal(row, part.x0)
+        else:
+            assert row.shape == part.x0.shape and not row.requires_grad and not torch.equal(row, part.x0)
         assert torch.equal(part.estimate, before), "an objective changed its input"
-        if "consistency" not in objective: assert torch.equal(t, part.t)
+        if "consistency" not in objective:
+            assert torch.equal(t, part.t)
 
 
 def test_published_code_weighs_by_epoch():
     model, part = assemble("published_code", Toy(), schedule), some_part()
     to_truth = evaluate("paper", model, part)[0]
     mixed = {}
-    for part.epoch in (0, 1, 4): mixed[part.epoch] = evaluate("published_code", model, part)[0]
-    to_row = 2 * mixed[1] - to_truth                                    # at w = 1/2
+    for part.epoch in (0, 1, 4):
+        mixed[part.epoch] = evaluate("published_code", model, part)[0]
+    to_row = 2 * mixed[1] - to_truth  # at w = 1/2
     torch.testing.assert_close(mixed[0], to_truth)
     torch.testing.assert_close(mixed[4], to_truth / 5 + to_row * 4 / 5)
 
 
-@pytest.mark.parametrize("objective, how", [("consistency", "self"), ("consistency", "noise"), ("consistency", "store"), ("improved_consistency", "none")])
+@pytest.mark.parametrize(
+    "objective, how",
+    [
+        ("consistency", "self"),
+        ("consistency", "noise"),
+        ("consistency", "store"),
+        ("improved_consistency", "none"),
+    ],
+)
 def test_the_smaller_side_has_no_gradient(objective, how):
     "Gradient of the loss with the target as a constant, computed apart, and no graph in any pass but the last."
     net = Toy()
@@ -126,7 +219,8 @@ def test_the_smaller_side_has_no_gradient(objective, how):
     x_t, t, e, _, _ = net.calls[-1]
     s = times[torch.searchsorted(times, t) - 1]
     x_s, _, e_s, _, _ = next(c for c in net.calls if len(c[1]) == len(s) and torch.equal(c[1], s))
-    with torch.no_grad(): target = model(e_s, x_s, s)
+    with torch.no_grad():
+        target = model(e_s, x_s, s)
     got, net.w.grad = net.w.grad.clone(), None
     gap = (sigma(schedule)[t] - sigma(schedule)[s]).float()
     (((model(e, x_t, t) - target) ** 2).flatten(1).sum(1) / gap).sum().backward()
@@ -143,7 +237,9 @@ def test_zero_is_the_target_at_the_boundary():
     x_1 = schedule.diffuse(part.x0, t, part.noise)
     second_rows = (torch.arange(12) % 2 == 0).reshape(-1, 1, 1, 1)
     again = torch.where(second_rows, model(part.first, x_1, t).clamp(-1, 1), part.first)
-    torch.testing.assert_close(value, ((model(again, x_1, t) - part.x0) ** 2).flatten(1).sum(1) / sigma(schedule)[1].float())
+    torch.testing.assert_close(
+        value, ((model(again, x_1, t) - part.x0) ** 2).flatten(1).sum(1) / sigma(schedule)[1].float()
+    )
     assert torch.equal(model(part.first, part.x0, torch.zeros(12, dtype=torch.long)), part.x0)
 
 
@@ -156,7 +252,8 @@ def test_both_sides_drop_the_same_units(how):
     whole = [c[4] == 0 for c in net.calls if len(c[1]) == 64]
     assert len(whole) == 2 and torch.equal(*whole) and 0.3 < whole[0].float().mean() < 0.7
     halves = [c[4] == 0 for c in net.calls if len(c[1]) < 64]
-    if how == "self": assert len(halves) == 2 and torch.equal(*halves)
+    if how == "self":
+        assert len(halves) == 2 and torch.equal(*halves)
     assert torch.equal(first, evaluate("consistency", model, part, how)[0])
     seed_dropout(model, 1235)
     assert not torch.equal(first, evaluate("consistency", model, part, how)[0])
@@ -167,24 +264,39 @@ def test_a_part_is_the_sum_of_its_samples(objective, how):
     "Cut into micro-batches, the numbers are the same: no sample sees another."
     model, part = assemble(objective, Toy(), schedule), some_part(epoch=2, progress=0.4)
     whole = evaluate(objective, model, part, how)
-    for size in (2, 4) if how == "self" else (1, 5):                       # every second row of a part has an estimate of its own
-        pieces = [evaluate(objective, model, Part(**{k: v[a:a + size] if torch.is_tensor(v) else v for k, v in vars(part).items()}), how) for a in range(0, 12, size)]
+    for size in (2, 4) if how == "self" else (1, 5):  # every second row of a part has an estimate of its own
+        pieces = [
+            evaluate(
+                objective,
+                model,
+                Part(**{k: v[a : a + size] if torch.is_tensor(v) else v for k, v in vars(part).items()}),
+                how,
+            )
+            for a in range(0, 12, size)
+        ]
         torch.testing.assert_close(torch.cat([p[0] for p in pieces]), whole[0])
         assert torch.equal(torch.cat([p[2] for p in pieces]), whole[2])
 
 
-@pytest.mark.parametrize("objective, how", [("paper", "self"), ("paper", "noise"), ("consistency", "self"), ("improved_consistency", "none")])
+@pytest.mark.parametrize(
+    "objective, how",
+    [("paper", "self"), ("paper", "noise"), ("consistency", "self"), ("improved_consistency", "none")],
+)
 def test_nothing_of_x0_reaches_the_network_but_through_x_t(objective, how):
     "Two different x_0 and noises that give the same x_t: all that the network gets at t is the same."
     seen = []
     for shift in (0.0, 0.5):
         net, part = Toy(), some_part(seed=3)
-        model, t = assemble(objective, net, schedule), evaluate(objective, assemble(objective, Toy(), schedule), part, how)[2]
+        model, t = (
+            assemble(objective, net, schedule),
+            evaluate(objective, assemble(objective, Toy(), schedule), part, how)[2],
+        )
         a, b = schedule.signal_noise(t, part.x0)
         part.x0, part.noise = part.x0 + shift, part.noise - shift * a / b
         evaluate(objective, model, part, how)
         seen.append(net.calls[-1])
-    for k in (0, 1, 2): torch.testing.assert_close(seen[0][k].float(), seen[1][k].float(), rtol=1e-3, atol=1e-3)
+    for k in (0, 1, 2):
+        torch.testing.assert_close(seen[0][k].float(), seen[1][k].float(), rtol=1e-3, atol=1e-3)
 
 
 def test_levels_and_doubling():
@@ -192,74 +304,148 @@ def test_levels_and_doubling():
         s = VPSchedule(T_, 0.1, min(20.0, 0.9 * T_))
         for n in (2, 10, 80):
             times = levels(s, n)
-            assert times[0] == 0 and times[1] == 1 and times[-1] == T_ and (times.diff() > 0).all() and len(times) <= n + 1
+            assert (
+                times[0] == 0
+                and times[1] == 1
+                and times[-1] == T_
+                and (times.diff() > 0).all()
+                and len(times) <= n + 1
+            )
     assert [level_count(p, 10, 80) for p in (0, 0.2499, 0.25, 0.5, 0.75, 0.9999)] == [10, 10, 20, 40, 80, 80]
     assert level_count(0.9999, 10, 100) == 100 and level_count(0.5, 7, 7) == 7
 
 
 def test_uniform_rungs_draw_every_interval_equally_often():
     times, share, _ = ladder(T, 0.1, 20.0, 80, "uniform")
-    assert torch.equal(times, levels(schedule, 80)) and torch.allclose(share.diff(), torch.full((len(times) - 1,), 1 / (len(times) - 1), dtype=torch.float64))
+    assert torch.equal(times, levels(schedule, 80)) and torch.allclose(
+        share.diff(), torch.full((len(times) - 1,), 1 / (len(times) - 1), dtype=torch.float64)
+    )
     part = some_part(n=4000)
-    t = evaluate("consistency", assemble("consistency", Toy(), schedule), part, "noise", level_range=(10, 10), rungs="uniform")[2]
-    assert abs((t == T).float().mean() - 1 / 10) < 0.02 and set(t.tolist()) == set(levels(schedule, 10).tolist()) - {0}
-    with pytest.raises(ValueError, match="did you mean 'uniform'"): ladder(T, 0.1, 20.0, 80, "unifrm")
+    t = evaluate(
+        "consistency",
+        assemble("consistency", Toy(), schedule),
+        part,
+        "noise",
+        level_range=(10, 10),
+        rungs="uniform",
+    )[2]
+    assert abs((t == T).float().mean() - 1 / 10) < 0.02 and set(t.tolist()) == set(
+        levels(schedule, 10).tolist()
+    ) - {0}
+    with pytest.raises(ValueError, match="did you mean 'uniform'"):
+        ladder(T, 0.1, 20.0, 80, "unifrm")
 
 
 def test_rising_rungs_move_upwards_and_weigh_by_the_formula():
     "Levels even in angle; at p = 0 the normal and the weight of Song & Dhariwal; later more draws at t = T, and the weight (1 + p sigma_t) / (sigma_t - sigma_s) in the loss itself."
     times, share, weight = ladder(T, 0.1, 20.0, 40, "rising", 0.0)
     angle = sigma(schedule)[times[1:]].atan()
-    assert times[0] == 0 and times[1] == 1 and times[-1] == T and (angle.diff() - angle.diff().mean()).abs().max() < 0.02      # the schedule's grid is what is left
+    assert (
+        times[0] == 0
+        and times[1] == 1
+        and times[-1] == T
+        and (angle.diff() - angle.diff().mean()).abs().max() < 0.02
+    )  # the schedule's grid is what is left
     s = sigma(schedule)[times]
     normal = torch.distributions.Normal(-1.1, 2.0).cdf(s.clamp(min=1e-30).log())
-    torch.testing.assert_close(share, (normal - normal[0]) / (normal[-1] - normal[0])); torch.testing.assert_close(weight, 1 / s.diff())
+    torch.testing.assert_close(share, (normal - normal[0]) / (normal[-1] - normal[0]))
+    torch.testing.assert_close(weight, 1 / s.diff())
     top = [ladder(T, 0.1, 20.0, 40, "rising", p)[1].diff()[-1] for p in (0.0, 0.5, 1.0)]
-    assert top[0] < top[1] < top[2] and ladder(T, 0.1, 20.0, 40, "lognormal", 0.5)[1].equal(ladder(T, 0.1, 20.0, 40, "lognormal")[1])
+    assert top[0] < top[1] < top[2] and ladder(T, 0.1, 20.0, 40, "lognormal", 0.5)[1].equal(
+        ladder(T, 0.1, 20.0, 40, "lognormal")[1]
+    )
     model, part = assemble("consistency", Toy(), schedule), some_part(n=64)
     part.progress = 0.5
     value, _, t = evaluate("consistency", model, part, "noise", level_range=(40, 40), rungs="rising")
     below = times[torch.searchsorted(times, t) - 1]
-    with torch.no_grad(): d = ((model(part.first, schedule.diffuse(part.x0, t, part.noise), t) - model(part.first, schedule.diffuse(part.x0, below, part.noise), below)) ** 2).flatten(1).sum(1)
-    torch.testing.assert_close(value.detach(), (d * (1 + 0.5 * sigma(schedule)[t]) / (sigma(schedule)[t] - sigma(schedule)[below])).float(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        d = (
+            (
+                (
+                    model(part.first, schedule.diffuse(part.x0, t, part.noise), t)
+                    - model(part.first, schedule.diffuse(part.x0, below, part.noise), below)
+                )
+                ** 2
+            )
+            .flatten(1)
+            .sum(1)
+        )
+    torch.testing.assert_close(
+        value.detach(),
+        (d * (1 + 0.5 * sigma(schedule)[t]) / (sigma(schedule)[t] - sigma(schedule)[below])).float(),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_needs_store_and_refusals():
     assert [o for o in OBJECTIVES if needs_store(o)] == ["paper", "published_code"]
     assert [e for e in ESTIMATES if e != "none" and needs_store("paper", e)] == ["store", "shuffled"]
     assert [e for e in ("self", "noise", "store") if needs_store("consistency", e)] == ["store"]
-    for objective, estimate, words in (("papre", None, "did you mean 'paper'"), ("paper", "nosie", "did you mean 'noise'"), ("consistency", "truth", "self or noise"), ("consistency", "none", "self or noise"),
-                                       ("regression", "self", "takes none"), ("improved_consistency", "noise", "takes none"), ("published_code", "truth", "takes store"), ("paper", "none", "store or noise")):
-        with pytest.raises(ValueError, match=words): estimate_of(objective, estimate)
-    with pytest.raises(ValueError, match="self or noise"): TrainConfig(objective="consistency", estimate="truth")
-    with pytest.raises(ValueError, match="did you mean"): assemble("consistancy", Toy(), schedule)
+    for objective, estimate, words in (
+        ("papre", None, "did you mean 'paper'"),
+        ("paper", "nosie", "did you mean 'noise'"),
+        ("consistency", "truth", "self or noise"),
+        ("consistency", "none", "self or noise"),
+        ("regression", "self", "takes none"),
+        ("improved_consistency", "noise", "takes none"),
+        ("published_code", "truth", "takes store"),
+        ("paper", "none", "store or noise"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            estimate_of(objective, estimate)
+    with pytest.raises(ValueError, match="self or noise"):
+        TrainConfig(objective="consistency", estimate="truth")
+    with pytest.raises(ValueError, match="did you mean"):
+        assemble("consistancy", Toy(), schedule)
 
 
 def test_names_and_options_that_do_not_exist_are_refused():
     part = some_part()
-    with pytest.raises(ValueError, match="did you mean 'store'"): fill("stor", None, part, part.x0, part.t)
-    with pytest.raises(ValueError, match="at least two levels"): levels(schedule, 1)
+    with pytest.raises(ValueError, match="did you mean 'store'"):
+        fill("stor", None, part, part.x0, part.t)
+    with pytest.raises(ValueError, match="at least two levels"):
+        levels(schedule, 1)
     for name in ("paper", "consistency"):
-        with pytest.raises(TypeError): objective_value(name, None, None, schedule, part, rung="uniform")
+        with pytest.raises(TypeError):
+            objective_value(name, None, None, schedule, part, rung="uniform")
 
 
 def test_runs_without_store_save_none(tmp_path):
-    tiny = dict(net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)), batch=900, epochs=1, sample_every=0, device="cpu")
+    tiny = dict(
+        net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),
+        batch=900,
+        epochs=1,
+        sample_every=0,
+        device="cpu",
+    )
     for objective, estimate in (("paper", "noise"), ("consistency", None)):
-        run = train(TrainConfig(objective=objective, estimate=estimate, **tiny), tmp_path / objective, progress=False)
+        run = train(
+            TrainConfig(objective=objective, estimate=estimate, **tiny), tmp_path / objective, progress=False
+        )
         assert not list(run.glob("checkpoints/*/store-*"))
 
 
 def test_consistency_with_a_store_keeps_its_own_answers(tmp_path):
     "The control of the repair, trained for an epoch: its checkpoint has a store, in which every row differs from the N(0, I) that it began with; a part of an epoch is refused."
-    tiny = dict(net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)), batch=128, epochs=1, sample_every=0, device="cpu")
+    tiny = dict(
+        net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),
+        batch=128,
+        epochs=1,
+        sample_every=0,
+        device="cpu",
+    )
     config = TrainConfig(objective="consistency", estimate="store", **tiny)
     run = train(config, tmp_path / "run", progress=False)
-    store, fresh = open_store(config, 1797, 0, 1, torch.device("cpu")), open_store(config, 1797, 0, 1, torch.device("cpu"))
+    store, fresh = (
+        open_store(config, 1797, 0, 1, torch.device("cpu")),
+        open_store(config, 1797, 0, 1, torch.device("cpu")),
+    )
     store.load_state_dict(torch.load(newest_checkpoint(run) / "store-0.pt", weights_only=True))
     every = torch.arange(1797)
     assert ((store.read(every) - fresh.read(every)).flatten(1).abs().amax(1) > 0).all()
-    with pytest.raises(ValueError, match="every row must be written"): TrainConfig(objective="consistency", estimate="store", drop_last=True, **tiny)
+    with pytest.raises(ValueError, match="every row must be written"):
+        TrainConfig(objective="consistency", estimate="store", drop_last=True, **tiny)
 
 
 @pytest.mark.parametrize("objective", ["consistency", "improved_consistency", "regression"])
@@ -267,48 +453,83 @@ def test_consistency_with_a_store_keeps_its_own_answers(tmp_path):
 def test_image_i_depends_on_seed_and_i_alone(objective, sampler):
     model = assemble(objective, Toy(), schedule)
     whole = generate(model, sampler, 9, (3, 1), seed=4)
-    assert list(whole) == [1, 3] and all(v.shape == (9, 1, 2, 2) and v.abs().max() <= 1 for v in whole.values())
-    for batch_size in (1, 4): torch.testing.assert_close(generate(model, sampler, 5, (3,), seed=4, batch_size=batch_size)[3], whole[3][:5])
+    assert list(whole) == [1, 3] and all(
+        v.shape == (9, 1, 2, 2) and v.abs().max() <= 1 for v in whole.values()
+    )
+    for batch_size in (1, 4):
+        torch.testing.assert_close(
+            generate(model, sampler, 5, (3,), seed=4, batch_size=batch_size)[3], whole[3][:5]
+        )
     assert not torch.allclose(generate(model, sampler, 9, (3,), seed=5)[3], whole[3])
     assert model.training, "the mode must be left as it was"
 
 
 def test_a_model_knows_its_sampler():
     "`generate` without a sampler uses the model's own: the objective's, or the one it was assembled with; a copy has it too, and a model that was made otherwise iterates."
-    for objective, own in (("paper", "fixed"), ("consistency", "fixed"), ("improved_consistency", "renoise"), ("regression", "ddim")):
+    for objective, own in (
+        ("paper", "fixed"),
+        ("consistency", "fixed"),
+        ("improved_consistency", "renoise"),
+        ("regression", "ddim"),
+    ):
         assert sampler_of(objective) == own
         for given in (None, "fixed", "ddim", "renoise"):
             model = copy.deepcopy(assemble(objective, Toy(), schedule, given))
-            assert model.sampler == (given or own) and torch.equal(generate(model, n=3, steps=(3,))[3], generate(model, given or own, 3, (3,))[3])
+            assert model.sampler == (given or own) and torch.equal(
+                generate(model, n=3, steps=(3,))[3], generate(model, given or own, 3, (3,))[3]
+            )
     plain = DDDM(Toy(), schedule)
     assert torch.equal(generate(plain, n=3, steps=(3,))[3], generate(plain, "fixed", 3, (3,))[3])
     for sampler in ("fixed", "ddim", "renoise"):
-        assert list(generate(plain, sampler, 2, steps=(k for k in (3, 1)))) == [1, 3]                     # any iterable
-        with pytest.raises(ValueError, match="steps=5: give the numbers"): generate(plain, sampler, 2, 5)
-    for wrong in (lambda: sampler_of("consistancy"), lambda: assemble("paper", Toy(), schedule, "dim"), lambda: TrainConfig(sampler="dim")):
-        with pytest.raises(ValueError, match="did you mean"): wrong()
+        assert list(generate(plain, sampler, 2, steps=(k for k in (3, 1)))) == [1, 3]  # any iterable
+        with pytest.raises(ValueError, match="steps=5: give the numbers"):
+            generate(plain, sampler, 2, 5)
+    for wrong in (
+        lambda: sampler_of("consistancy"),
+        lambda: assemble("paper", Toy(), schedule, "dim"),
+        lambda: TrainConfig(sampler="dim"),
+    ):
+        with pytest.raises(ValueError, match="did you mean"):
+            wrong()
 
 
 @pytest.mark.filterwarnings("ignore:.*begun with epochs=1")
 def test_the_sampler_of_a_run_may_change_when_it_goes_on(tmp_path):
     "It is no part of the training: the weights are the same, the run then samples as it was told last, and the grids of a run that re-noises are others."
-    tiny = dict(objective="consistency", net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)), batch=900, epochs=1, sample_every=2, device="cpu")
+    tiny = dict(
+        objective="consistency",
+        net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),
+        batch=900,
+        epochs=1,
+        sample_every=2,
+        device="cpu",
+    )
     run = train(TrainConfig(**tiny), tmp_path / "run", progress=False)
     assert training.load(run).sampler == "fixed"
-    weights, iterated = ((run / name).read_bytes() for name in (newest_checkpoint(run).relative_to(run) / "ema.safetensors", "samples/step-0000002.png"))
+    weights, iterated = (
+        (run / name).read_bytes()
+        for name in (newest_checkpoint(run).relative_to(run) / "ema.safetensors", "samples/step-0000002.png")
+    )
     train(TrainConfig(sampler="renoise", **{**tiny, "epochs": 2}), run, progress=False)
     assert training.load(run).sampler == "renoise"
     again = train(TrainConfig(sampler="renoise", **tiny), tmp_path / "again", progress=False)
-    assert (newest_checkpoint(again) / "ema.safetensors").read_bytes() == weights and (again / "samples" / "step-0000002.png").read_bytes() != iterated
+    assert (newest_checkpoint(again) / "ema.safetensors").read_bytes() == weights and (
+        again / "samples" / "step-0000002.png"
+    ).read_bytes() != iterated
 
 
 def test_ddim_step_by_hand():
-    model, x = assemble("regression", Toy(), schedule), torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    model, x = (
+        assemble("regression", Toy(), schedule),
+        torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)),
+    )
     assert times_down(T, 3) == [1000, 667, 333, 0]
     y = x.double().numpy()
     for t, s in ((1000, 667), (667, 333), (333, 0)):
         x_hat = np.clip(f_by_hand(y, t, 0 * y, True), -1, 1)
-        y = math.sqrt(AB[s]) * x_hat + math.sqrt(1 - AB[s]) * (y - math.sqrt(AB[t]) * x_hat) / math.sqrt(1 - AB[t])
+        y = math.sqrt(AB[s]) * x_hat + math.sqrt(1 - AB[s]) * (y - math.sqrt(AB[t]) * x_hat) / math.sqrt(
+            1 - AB[t]
+        )
     np.testing.assert_allclose(from_noise(model, x, 3).detach().numpy(), y, rtol=1e-3, atol=1e-4)
 
 
@@ -319,29 +540,39 @@ def test_models_with_estimates_are_fed_them(sampler):
         net = Toy()
         model = assemble(objective, net, schedule)
         made = generate(model, sampler, 3, (1, 2))
-        assert len(net.calls) == (2 if sampler == "fixed" else 3) and all((c[2] == 0).all() == blind for c in net.calls)
+        assert len(net.calls) == (2 if sampler == "fixed" else 3) and all(
+            (c[2] == 0).all() == blind for c in net.calls
+        )
         twin = copy.deepcopy(model)
         twin(torch.ones(2, 1, 2, 2), torch.ones(2, 1, 2, 2), torch.tensor([1, T]))
         assert (twin.net.net.calls[-1][2] == 0).all() == blind
-        if blind and sampler == "fixed": assert torch.equal(made[1], made[2]) and torch.equal(made[1], generate(model, "ddim", 3, (1,))[1])
+        if blind and sampler == "fixed":
+            assert torch.equal(made[1], made[2]) and torch.equal(made[1], generate(model, "ddim", 3, (1,))[1])
 
 
 @pytest.mark.parametrize("how", ["store", "shuffled"])
 def test_a_missing_store_is_told(how):
     p = some_part()
     p.estimate = None
-    with pytest.raises(ValueError, match="part.estimate is None"): evaluate("paper", assemble("paper", Toy(), schedule), p, how)
+    with pytest.raises(ValueError, match="part.estimate is None"):
+        evaluate("paper", assemble("paper", Toy(), schedule), p, how)
 
 
 @pytest.mark.parametrize("least, most", [(80, 10), (1, 10)])
 def test_levels_that_fall_are_refused(least, most):
-    with pytest.raises(ValueError, match="need 2 <= least <= most"): level_count(0.5, least, most)
+    with pytest.raises(ValueError, match="need 2 <= least <= most"):
+        level_count(0.5, least, most)
 
 
 def test_boundary_keeps_what_the_sampler_asks_of_a_net():
-    net = Toy(); net.classes = 10
+    net = Toy()
+    net.classes = 10
     scaled = Boundary(net, schedule)
-    assert scaled.shape == (1, 2, 2) and scaled.classes == 10 and [*DDDM(scaled, schedule).state_dict()] == ["net.net.w"]
+    assert (
+        scaled.shape == (1, 2, 2)
+        and scaled.classes == 10
+        and [*DDDM(scaled, schedule).state_dict()] == ["net.net.w"]
+    )
     copy.deepcopy(scaled)
 
 
@@ -349,14 +580,49 @@ def test_boundary_keeps_what_the_sampler_asks_of_a_net():
 def test_two_ranks_have_the_gradients_of_one(tmp_path, monkeypatch):
     """Two gloo processes under `consistency`, with different numbers of samples that get an estimate of their own, against one process on the same
     batches. The rate is next to nothing, so Adam's first moment compares the gradients of all steps."""
-    fields = dict(objective="consistency", net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)), c=0.01, batch=600, epochs=1, lr=1e-12, sample_every=0, device="cpu")
+    fields = dict(
+        objective="consistency",
+        net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),
+        c=0.01,
+        batch=600,
+        epochs=1,
+        lr=1e-12,
+        sample_every=0,
+        device="cpu",
+    )
     (tmp_path / "config.json").write_text(json.dumps(TrainConfig(**fields).to_dict()))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "dddm.training",
-                           tmp_path / "config.json", "--out", tmp_path / "two"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "dddm.training",
+            tmp_path / "config.json",
+            "--out",
+            tmp_path / "two",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    monkeypatch.setattr(training, "epoch_batches", lambda n, batch, seed, epoch, world=1, drop_last=False: [[torch.cat(s)] for s in epoch_batches(n, batch, seed, epoch, 2)])
+    monkeypatch.setattr(
+        training,
+        "epoch_batches",
+        lambda n, batch, seed, epoch, world=1, drop_last=False: [
+            [torch.cat(s)] for s in epoch_batches(n, batch, seed, epoch, 2)
+        ],
+    )
     train(TrainConfig(**fields), tmp_path / "one", progress=False)
-    a, b = (torch.load(newest_checkpoint(tmp_path / run) / "state.pt", weights_only=True)["optimizer"]["state"] for run in ("one", "two"))
+    a, b = (
+        torch.load(newest_checkpoint(tmp_path / run) / "state.pt", weights_only=True)["optimizer"]["state"]
+        for run in ("one", "two")
+    )
     largest = max(v["exp_avg"].abs().max() for v in a.values())
     assert a.keys() == b.keys() and largest > 0
-    for key in a: assert (a[key]["exp_avg"] - b[key]["exp_avg"]).abs().max() < 1e-4 * largest
+    for key in a:
+        assert (a[key]["exp_avg"] - b[key]["exp_avg"]).abs().max() < 1e-4 * largest

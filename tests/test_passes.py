@@ -1,4 +1,5 @@
 "How a pass is made: one compiled graph, its number format, its size, what the program waits for, where the history goes."
+
 import importlib.util
 import json
 import math
@@ -40,8 +41,16 @@ def test_a_run_is_one_graph(objective, estimate, classes, graphs, few_images, tm
     """Three epochs with a smaller last batch, two parts a batch, levels that grow, labels, dropout: one graph, and the losses of eager passes.
 
     fullgraph: a break in the graph is an error."""
-    fields = dict(objective=objective, classes=classes, epochs=3, levels=(2, 8), flip=True, device="cpu", net={**ONE_BLOCK, "dropout": 0.3},
-                  estimate=None if OBJECTIVES[objective].estimate == estimate else estimate)
+    fields = dict(
+        objective=objective,
+        classes=classes,
+        epochs=3,
+        levels=(2, 8),
+        flip=True,
+        device="cpu",
+        net={**ONE_BLOCK, "dropout": 0.3},
+        estimate=None if OBJECTIVES[objective].estimate == estimate else estimate,
+    )
     found = {}
     for compiled in (False, True):
         run = train(tiny(**{**fields, "compile": compiled}), tmp_path / str(compiled), progress=False)
@@ -58,7 +67,8 @@ def test_generated_code_gives_the_eager_gradients(objective, few_images, tmp_pat
     _, eager = training.trial(run, 6)
     run.compiled, run.compute = True, training.compile_pass(run.device)
     _, compiled = training.trial(run, 6)
-    for a, b in zip(compiled, eager, strict=True): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_a_graph_that_cannot_be_made_is_a_warning(few_images, tmp_path):  # noqa: F811
@@ -79,12 +89,17 @@ def test_the_number_format_follows_objective_and_device():
                 assert step_dtype(config, gpu) == (torch.bfloat16 if wanted else torch.float32)
                 assert step_dtype(config, cpu) == torch.float32
             asked = TrainConfig(objective="consistency", precision="bfloat16")
-            if able: assert step_dtype(asked, gpu) == torch.bfloat16
+            if able:
+                assert step_dtype(asked, gpu) == torch.bfloat16
             else:
-                with pytest.raises(ValueError, match="has no bfloat16.*'float32' or 'auto'"): step_dtype(asked, gpu)
+                with pytest.raises(ValueError, match="has no bfloat16.*'float32' or 'auto'"):
+                    step_dtype(asked, gpu)
 
 
-@pytest.mark.parametrize("free, compiled, wanted", [(10**12, False, 1024), (700 * 10**6 + 100, False, 512), (700 * 10**6 + 100, True, 1024), (1, False, 16)])
+@pytest.mark.parametrize(
+    "free, compiled, wanted",
+    [(10**12, False, 1024), (700 * 10**6 + 100, False, 512), (700 * 10**6 + 100, True, 1024), (1, False, 16)],
+)
 def test_the_micro_batch_follows_the_memory(free, compiled, wanted, monkeypatch):
     "An image takes a million bytes, and a pass a hundred more."
     run = type("Run", (), dict(config=TrainConfig(batch=1024), world=1))
@@ -102,8 +117,13 @@ def test_what_is_not_finite_is_noticed_a_step_late(few_images, tmp_path, monkeyp
             samples = run.batch()[0].tolist()
             run.model.net.stem.weight.data[0] = math.nan
             training.step(run)
-            with pytest.raises(FloatingPointError) as told: looks(run)
-            assert "at step 1 " in str(told.value) and str(samples) in str(told.value) and "step-1" in str(told.value)
+            with pytest.raises(FloatingPointError) as told:
+                looks(run)
+            assert (
+                "at step 1 " in str(told.value)
+                and str(samples) in str(told.value)
+                and "step-1" in str(told.value)
+            )
             assert [p.name for p in checkpoints(run.out / "checkpoints")] == ["step-1"]
 
 
@@ -111,7 +131,8 @@ def test_moments_that_are_not_finite_are_not_saved(few_images, tmp_path):  # noq
     run = training.Run(tiny(device="cpu"), tmp_path)
     training.step(run)
     next(iter(run.optimizer.state.values()))["exp_avg"].fill_(math.inf)
-    with pytest.raises(FloatingPointError, match="moments are not finite after step 1; no checkpoint"): training.save(run)
+    with pytest.raises(FloatingPointError, match="moments are not finite after step 1; no checkpoint"):
+        training.save(run)
 
 
 def test_weights_in_another_memory_format_are_saved(few_images, tmp_path):  # noqa: F811
@@ -120,7 +141,8 @@ def test_weights_in_another_memory_format_are_saved(few_images, tmp_path):  # no
     training.step(run)
     training.save(run)
     loaded = training.load(tmp_path, ema=False).state_dict()
-    for name, value in run.model.state_dict().items(): assert torch.equal(loaded[name], value), name
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(loaded[name], value), name
 
 
 @pytest.mark.parametrize("sampler", objectives.SAMPLERS)
@@ -130,55 +152,78 @@ def test_a_sampled_batch_waits_once(sampler):
     wanted = objectives.generate(model, sampler, n=5, steps=(1, 3), batch_size=2)
     with cuda_twin() as record:
         model.to("cuda")
-        objectives.generate(model, sampler, n=2, steps=(1,))                 # the schedule's tables are made
+        objectives.generate(model, sampler, n=2, steps=(1,))  # the schedule's tables are made
         record.reset()
         found = objectives.generate(model, sampler, n=5, steps=(1, 3), batch_size=2)
-        assert record.syncs.total() == 3 and {kind for kind, _ in record.syncs} == {"synchronize"}, record.syncs
-        for s in (1, 3): torch.testing.assert_close(found[s], wanted[s], rtol=1e-4, atol=1e-4)
+        assert record.syncs.total() == 3 and {kind for kind, _ in record.syncs} == {"synchronize"}, (
+            record.syncs
+        )
+        for s in (1, 3):
+            torch.testing.assert_close(found[s], wanted[s], rtol=1e-4, atol=1e-4)
         model.net.head[-1].bias.data.fill_(math.nan)
-        with pytest.raises(RuntimeError, match="non-finite"): objectives.generate(model, sampler, n=5, steps=(1, 3), batch_size=2)
+        with pytest.raises(RuntimeError, match="non-finite"):
+            objectives.generate(model, sampler, n=5, steps=(1, 3), batch_size=2)
 
 
 def test_bfloat16_samples_where_they_are_as_good():
     model = training.build(TrainConfig(net=ONE_BLOCK)).eval()
-    assert sampling.sampling_dtype(model, "auto") == torch.float32                                     # a CPU
+    assert sampling.sampling_dtype(model, "auto") == torch.float32  # a CPU
     with cuda_twin(), torch.no_grad():
         model.to("cuda")
-        assert sampling.sampling_dtype(model, "auto") == torch.bfloat16                                 # fresh: F = 0
+        assert sampling.sampling_dtype(model, "auto") == torch.bfloat16  # fresh: F = 0
         model.net.head[-1].weight.normal_(std=30.0)
         assert sampling.sampling_dtype(model, "auto") == torch.float32
         assert sampling.sampling_dtype(model, "bfloat16") == torch.bfloat16
         assert objectives.generate(model, n=2, steps=(1,), precision="bfloat16")[1].dtype == torch.float32
-    with cuda_twin(capability=(7, 5)): assert sampling.sampling_dtype(model.to("cuda"), "auto") == torch.float32
-    with pytest.raises(ValueError, match="did you mean 'bfloat16'"): sampling.sampling_dtype(model, "bfloat")
+    with cuda_twin(capability=(7, 5)):
+        assert sampling.sampling_dtype(model.to("cuda"), "auto") == torch.float32
+    with pytest.raises(ValueError, match="did you mean 'bfloat16'"):
+        sampling.sampling_dtype(model, "bfloat")
 
 
 def test_blocks_that_are_computed_twice_change_nothing(few_images, tmp_path):  # noqa: F811
-    losses = [[r["loss"] for r in history(train(tiny(device="cpu", recompute=r, net={**ONE_BLOCK, "dropout": 0.2}), tmp_path / str(r), progress=False))]
-              for r in (False, True)]
+    losses = [
+        [
+            r["loss"]
+            for r in history(
+                train(
+                    tiny(device="cpu", recompute=r, net={**ONE_BLOCK, "dropout": 0.2}),
+                    tmp_path / str(r),
+                    progress=False,
+                )
+            )
+        ]
+        for r in (False, True)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_the_history_goes_to_a_tracker_too(few_images, tmp_path):  # noqa: F811
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     run = train(tiny(device="cpu", tracker="tensorboard"), tmp_path / "run", progress=False)
     events = EventAccumulator(str(run / "dddm")).Reload()
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in history(run)], rel=1e-5)
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(
+        [r["loss"] for r in history(run)], rel=1e-5
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_a_tracker_that_is_not_installed_is_told(few_images, tmp_path):  # noqa: F811
-    with pytest.raises(ValueError, match="tracker='wandb'.*pip install wandb"): training.Run(tiny(device="cpu", tracker="wandb"), tmp_path / "run")
+    with pytest.raises(ValueError, match="tracker='wandb'.*pip install wandb"):
+        training.Run(tiny(device="cpu", tracker="wandb"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="did you mean 'wandb'"): TrainConfig(tracker="wanbd")
+    with pytest.raises(ValueError, match="did you mean 'wandb'"):
+        TrainConfig(tracker="wanbd")
 
 
 def test_old_runs_go_on(few_images, tmp_path):  # noqa: F811
     "A configuration of before: passes eager, a micro-batch of its preset. It resumes under today's preset."
     run = train(tiny(device="cpu", epochs=1, compile=False, micro_batch=6), tmp_path / "run", progress=False)
     fields = json.loads((run / "config.json").read_text())
-    for name in ("recompute", "tracker"): del fields[name]
+    for name in ("recompute", "tracker"):
+        del fields[name]
     (run / "config.json").write_text(json.dumps(fields))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

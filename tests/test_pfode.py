@@ -1,9 +1,13 @@
 "What nbs/01_pfode.ipynb has no room for: other schedules, independent re-computation, devices, timing."
-import math, time
+
+import math
+import time
+
 import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
+
 from dddm.pfode import GaussianMixture
 from dddm.schedule import VPSchedule
 
@@ -11,7 +15,9 @@ from dddm.schedule import VPSchedule
 def mixture(K, D, std, seed=0):
     g = torch.Generator().manual_seed(seed)
     weights = torch.rand(K, generator=g) + 0.1
-    return GaussianMixture(torch.randn(K, D, generator=g), std * (0.5 + torch.rand(K, generator=g)), weights / weights.sum())
+    return GaussianMixture(
+        torch.randn(K, D, generator=g), std * (0.5 + torch.rand(K, generator=g)), weights / weights.sum()
+    )
 
 
 def points(n, D, T, seed=1):
@@ -22,12 +28,12 @@ def points(n, D, T, seed=1):
 def naive(gm, x, ab):
     "log q, score and posterior mean of one point with plain numpy, from the differences x - a m_k themselves."
     a, m, s, w = math.sqrt(ab), gm.means.numpy(), gm.stds.numpy(), gm.weights.numpy()
-    v = ab * s ** 2 + 1 - ab
+    v = ab * s**2 + 1 - ab
     logit = np.log(w) - 0.5 * m.shape[1] * np.log(2 * math.pi * v) - ((x - a * m) ** 2).sum(1) / (2 * v)
     r = np.exp(logit - logit.max())
     logq, r = logit.max() + math.log(r.sum()), r / r.sum()
     score = (r[:, None] * (a * m - x) / v[:, None]).sum(0)
-    return logq, score, (r[:, None] * (m + a * (s ** 2 / v)[:, None] * (x - a * m))).sum(0)
+    return logq, score, (r[:, None] * (m + a * (s**2 / v)[:, None] * (x - a * m))).sum(0)
 
 
 @pytest.mark.parametrize("D,std", [(1, 0.1), (2, 1e-3), (64, 0.1), (64, 1e-3)])
@@ -35,8 +41,12 @@ def test_log_prob_score_and_mean_against_plain_differences(D, std):
     gm, schedule = mixture(7, D, std), VPSchedule(1000)
     noise, t = points(200, D, 1000)
     x = schedule.diffuse(gm.sample(200, torch.Generator().manual_seed(2)), t, noise)
-    expected = [np.stack(v) for v in zip(*(naive(gm, p.numpy(), schedule.alphas_bar[i].item()) for p, i in zip(x, t)))]
-    for value, wanted in zip((gm.log_prob(x, t, schedule), gm.score(x, t, schedule), gm.posterior_mean(x, t, schedule)), expected):
+    expected = [
+        np.stack(v) for v in zip(*(naive(gm, p.numpy(), schedule.alphas_bar[i].item()) for p, i in zip(x, t)))
+    ]
+    for value, wanted in zip(
+        (gm.log_prob(x, t, schedule), gm.score(x, t, schedule), gm.posterior_mean(x, t, schedule)), expected
+    ):
         np.testing.assert_allclose(value.numpy(), wanted, rtol=1e-7, atol=1e-7 * np.abs(wanted).max())
 
 
@@ -48,12 +58,16 @@ def test_flow_against_the_ode_in_another_variable(std):
     t[0] = 1000
     for p, i, end in zip(x, t, gm.flow(x, t, schedule)):
         ab = schedule.alphas_bar[i].item()
+
         def velocity(log_sigma, y):
             sigma = math.exp(log_sigma)
-            ab = 1 / (1 + sigma ** 2)
-            return -sigma ** 2 * math.sqrt(ab) * naive(gm, math.sqrt(ab) * y, ab)[1]
+            ab = 1 / (1 + sigma**2)
+            return -(sigma**2) * math.sqrt(ab) * naive(gm, math.sqrt(ab) * y, ab)[1]
+
         span = 0.5 * math.log((1 - ab) / ab), math.log(1e-7 * std)
-        other = solve_ivp(velocity, span, p.numpy() / math.sqrt(ab), method="RK45", rtol=1e-9, atol=1e-11).y[:, -1]
+        other = solve_ivp(velocity, span, p.numpy() / math.sqrt(ab), method="RK45", rtol=1e-9, atol=1e-11).y[
+            :, -1
+        ]
         np.testing.assert_allclose(end.numpy(), other, atol=1e-5 * max(1, np.abs(other).max()))
 
 
@@ -74,7 +88,9 @@ def test_each_row_uses_its_own_t():
     x, t = points(6, 2, 1000)
     together = gm.flow(x, t, schedule)
     for i in range(6):
-        torch.testing.assert_close(gm.flow(x[i:i + 1], int(t[i]), schedule)[0], together[i], rtol=0, atol=1e-8)
+        torch.testing.assert_close(
+            gm.flow(x[i : i + 1], int(t[i]), schedule)[0], together[i], rtol=0, atol=1e-8
+        )
 
 
 def test_a_weight_of_zero_is_as_if_the_component_were_absent():
@@ -82,7 +98,12 @@ def test_a_weight_of_zero_is_as_if_the_component_were_absent():
     with_zero = GaussianMixture([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]], [0.1, 0.2, 0.3], [0.0, 0.4, 0.6])
     without = GaussianMixture([[1.0, 0.0], [0.0, 2.0]], [0.2, 0.3], [0.4, 0.6])
     for name in ("log_prob", "score", "posterior_mean", "flow"):
-        torch.testing.assert_close(getattr(with_zero, name)(x, t, schedule), getattr(without, name)(x, t, schedule), rtol=1e-9, atol=1e-8)
+        torch.testing.assert_close(
+            getattr(with_zero, name)(x, t, schedule),
+            getattr(without, name)(x, t, schedule),
+            rtol=1e-9,
+            atol=1e-8,
+        )
     x = x.requires_grad_()
     assert torch.autograd.grad(with_zero.log_prob(x, t, schedule).sum(), x)[0].isfinite().all()
 
@@ -109,36 +130,53 @@ def test_slices_give_what_one_batch_gives():
     "2,000 components make the flow work in slices of 65 rows."
     gm, schedule = mixture(2000, 2, 0.3), VPSchedule(1000)
     x, _ = points(80, 2, 1000)
-    torch.testing.assert_close(gm.flow(x, 1000, schedule)[70:], gm.flow(x[70:], 1000, schedule), rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        gm.flow(x, 1000, schedule)[70:], gm.flow(x[70:], 1000, schedule), rtol=0, atol=1e-8
+    )
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (([0.0, 1.0], [1.0, 1.0], [0.5, 0.5]), "means"),
-    ((torch.zeros(0, 2), [], []), "means"),
-    (([[0.0], [math.nan]], [1.0, 1.0], [0.5, 0.5]), "means"),
-    (([[0.0], [1.0]], [1.0], [0.5, 0.5]), "stds"),
-    (([[0.0], [1.0]], [1.0, 0.0], [0.5, 0.5]), "stds"),
-    (([[0.0], [1.0]], [1.0, math.inf], [0.5, 0.5]), "stds"),
-    (([[0.0], [1.0]], [1.0, 1.0], [0.5]), "weights"),
-    (([[0.0], [1.0]], [1.0, 1.0], [1.5, -0.5]), "weights"),
-    (([[0.0], [1.0]], [1.0, 1.0], [0.5, 0.6]), "weights"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (([0.0, 1.0], [1.0, 1.0], [0.5, 0.5]), "means"),
+        ((torch.zeros(0, 2), [], []), "means"),
+        (([[0.0], [math.nan]], [1.0, 1.0], [0.5, 0.5]), "means"),
+        (([[0.0], [1.0]], [1.0], [0.5, 0.5]), "stds"),
+        (([[0.0], [1.0]], [1.0, 0.0], [0.5, 0.5]), "stds"),
+        (([[0.0], [1.0]], [1.0, math.inf], [0.5, 0.5]), "stds"),
+        (([[0.0], [1.0]], [1.0, 1.0], [0.5]), "weights"),
+        (([[0.0], [1.0]], [1.0, 1.0], [1.5, -0.5]), "weights"),
+        (([[0.0], [1.0]], [1.0, 1.0], [0.5, 0.6]), "weights"),
+    ],
+)
 def test_bad_mixtures_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message): GaussianMixture(*arguments)
+    with pytest.raises(ValueError, match=message):
+        GaussianMixture(*arguments)
 
 
 @pytest.mark.parametrize("name", ["log_prob", "score", "posterior_mean", "flow"])
-@pytest.mark.parametrize("x,t,message", [
-    (torch.zeros(3, 2, dtype=torch.long), 1, "x has dtype"), (torch.zeros(3), 1, "x has shape"), (torch.zeros(3, 5), 1, "x has shape"), (torch.full((3, 2), math.nan), 1, "x"),
-    (torch.zeros(3, 2), 1001, "t "), (torch.zeros(3, 2), -1, "t "), (torch.zeros(3, 2), torch.tensor([1, 2]), "t "), (torch.zeros(3, 2), torch.rand(3), "t "),
-])
+@pytest.mark.parametrize(
+    "x,t,message",
+    [
+        (torch.zeros(3, 2, dtype=torch.long), 1, "x has dtype"),
+        (torch.zeros(3), 1, "x has shape"),
+        (torch.zeros(3, 5), 1, "x has shape"),
+        (torch.full((3, 2), math.nan), 1, "x"),
+        (torch.zeros(3, 2), 1001, "t "),
+        (torch.zeros(3, 2), -1, "t "),
+        (torch.zeros(3, 2), torch.tensor([1, 2]), "t "),
+        (torch.zeros(3, 2), torch.rand(3), "t "),
+    ],
+)
 def test_bad_points_and_times_are_refused(name, x, t, message):
-    with pytest.raises(ValueError, match=message): getattr(mixture(3, 2, 0.2), name)(x, t, VPSchedule(1000))
+    with pytest.raises(ValueError, match=message):
+        getattr(mixture(3, 2, 0.2), name)(x, t, VPSchedule(1000))
 
 
 @pytest.mark.parametrize("n", [0, -1, 2.5, "3", None])
 def test_bad_counts_are_refused(n):
-    with pytest.raises(ValueError, match="n="): mixture(3, 2, 0.2).sample(n)
+    with pytest.raises(ValueError, match="n="):
+        mixture(3, 2, 0.2).sample(n)
 
 
 def test_plain_numbers_keep_their_float64_precision():
@@ -150,7 +188,8 @@ def test_plain_numbers_keep_their_float64_precision():
 
 @pytest.mark.parametrize("tol", [0.0, -1.0, 1e-14, 0.1, math.nan])
 def test_bad_tolerances_are_refused(tol):
-    with pytest.raises(ValueError, match="tol"): mixture(3, 2, 0.2).flow(torch.zeros(3, 2), 10, VPSchedule(1000), tol=tol)
+    with pytest.raises(ValueError, match="tol"):
+        mixture(3, 2, 0.2).flow(torch.zeros(3, 2), 10, VPSchedule(1000), tol=tol)
 
 
 @pytest.mark.slow

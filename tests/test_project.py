@@ -1,4 +1,5 @@
 "The house: settings that mirror each other, a library that is what the notebooks export, a README that is index.ipynb."
+
 import configparser
 import importlib
 import pathlib
@@ -16,7 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def project(): return tomllib.loads((ROOT / "pyproject.toml").read_text())
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +37,16 @@ def test_settings_mirror_pyproject(project, settings):
     assert settings["min_python"] == meta["requires-python"].removeprefix(">=")
     assert settings["keywords"].split() == [w for k in meta["keywords"] for w in k.split()]
     assert settings["author"] == meta["authors"][0]["name"]
-    for key in ("lib_path", "nbs_path", "doc_path", "branch", "title", "tst_flags"): assert settings[key] == nbdev[key], key
+    for key in ("lib_path", "nbs_path", "doc_path", "branch", "title", "tst_flags"):
+        assert settings[key] == nbdev[key], key
     assert settings["allowed_cell_metadata_keys"].split() == nbdev["allowed_cell_metadata_keys"]
     assert settings["update_pyproject"] == "False"
 
 
 def test_readme_is_index():
-    made = subprocess.run([sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True
+    )
     assert made.returncode == 0, made.stdout + made.stderr
 
 
@@ -55,28 +60,40 @@ def test_every_module_comes_from_one_notebook():
     modules = {m.name for m in pkgutil.iter_modules(dddm.__path__)} - {"_modidx"}
     assert modules == set(sources)
     for module, notebook in sources.items():
-        assert f"../nbs/{notebook}" in (ROOT / "dddm" / f"{module}.py").read_text(), f"dddm/{module}.py was not exported from {notebook}"
+        assert f"../nbs/{notebook}" in (ROOT / "dddm" / f"{module}.py").read_text(), (
+            f"dddm/{module}.py was not exported from {notebook}"
+        )
 
 
 def test_imports_flow_one_way():
     "No notebook imports a module of a later one."
     order = {}
     for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
-        for name in re.findall(r"#\| default_exp (\w+)", path.read_text()): order[name] = path.name
+        for name in re.findall(r"#\| default_exp (\w+)", path.read_text()):
+            order[name] = path.name
     for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
         for name in re.findall(r"(?:from|import) dddm\.(\w+)", path.read_text()):
             assert order[name] <= path.name, f"{path.name} imports dddm.{name} of the later {order[name]}"
 
 
 def test_every_module_imports():
-    for module in pkgutil.iter_modules(dddm.__path__): importlib.import_module(f"dddm.{module.name}")
+    for module in pkgutil.iter_modules(dddm.__path__):
+        importlib.import_module(f"dddm.{module.name}")
 
 
 def test_the_project_names_no_machine():
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if files.returncode: pytest.skip("not a git checkout")
+    if files.returncode:
+        pytest.skip("not a git checkout")
     for name in files.stdout.split():
         path = ROOT / name
-        if name == "tests/test_project.py" or name == "tests/test_notebooks.py" or path.suffix in (".safetensors", ".png") or not path.exists(): continue
+        if (
+            name == "tests/test_project.py"
+            or name == "tests/test_notebooks.py"
+            or path.suffix in (".safetensors", ".png")
+            or not path.exists()
+        ):
+            continue
         text = path.read_text()
-        for place in {str(pathlib.Path.home()), str(ROOT.parent)} - {"/"}: assert f"{place}/" not in text, f"{name} names {place}"
+        for place in {str(pathlib.Path.home()), str(ROOT.parent)} - {"/"}:
+            assert f"{place}/" not in text, f"{name} names {place}"

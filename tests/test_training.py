@@ -1,4 +1,5 @@
 "What the training notebook cannot show: real processes, kills, damage, a full disk, two devices."
+
 import dataclasses
 import errno
 import json
@@ -22,7 +23,16 @@ from dddm import training
 from dddm.data import digits
 from dddm.training import TrainConfig, checkpoints, epoch_batches, history, load, newest_checkpoint, train
 
-TINY = dict(net=dict(base=16, multipliers=(1, 2), blocks=1, attention=(), estimate=(8, 4)), c=0.01, batch=256, epochs=4, log_every=3, checkpoint_every=2, sample_every=0, device="cpu")
+TINY = dict(
+    net=dict(base=16, multipliers=(1, 2), blocks=1, attention=(), estimate=(8, 4)),
+    c=0.01,
+    batch=256,
+    epochs=4,
+    log_every=3,
+    checkpoint_every=2,
+    sample_every=0,
+    device="cpu",
+)
 
 
 def write_config(path, **fields):
@@ -30,19 +40,26 @@ def write_config(path, **fields):
     return path
 
 
-def command(config, out): return [sys.executable, "-m", "dddm.training", str(config), "--out", str(out)]
+def command(config, out):
+    return [sys.executable, "-m", "dddm.training", str(config), "--out", str(out)]
 
 
 def end_state(run):
     folder = newest_checkpoint(run)
     store = torch.load(folder / "store-0.pt", weights_only=True)
-    return load_file(folder / "model.safetensors"), load_file(folder / "ema.safetensors"), {k: store[k] for k in ("rows", "written")}, history(run)
+    return (
+        load_file(folder / "model.safetensors"),
+        load_file(folder / "ema.safetensors"),
+        {k: store[k] for k in ("rows", "written")},
+        history(run),
+    )
 
 
 def assert_same_run(a, b):
     for left, right in zip(end_state(a)[:3], end_state(b)[:3]):
         assert left.keys() == right.keys()
-        for key in left: assert torch.equal(left[key], right[key]), key
+        for key in left:
+            assert torch.equal(left[key], right[key]), key
     assert end_state(a)[3] == end_state(b)[3]
 
 
@@ -52,13 +69,21 @@ def kill_and_resume(config, out, kills, seed):
     rng, done = random.Random(seed), 0
     logged = lambda: (out / "speed.jsonl").stat().st_size if (out / "speed.jsonl").exists() else 0
     for k in range(kills):
-        before, process = logged(), subprocess.Popen(command(config, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        if k % 2: time.sleep(rng.uniform(0, 6))
+        before, process = (
+            logged(),
+            subprocess.Popen(command(config, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL),
+        )
+        if k % 2:
+            time.sleep(rng.uniform(0, 6))
         else:
-            while process.poll() is None and logged() <= before: time.sleep(0.01)
+            while process.poll() is None and logged() <= before:
+                time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.5))
-        if process.poll() is not None: break                          # it finished: no more to kill
-        process.kill(); process.wait(); done += 1
+        if process.poll() is not None:
+            break  # it finished: no more to kill
+        process.kill()
+        process.wait()
+        done += 1
     finished = subprocess.run(command(config, out), capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return done
@@ -82,8 +107,11 @@ def test_twenty_kills(tmp_path):
 
 def test_sigterm_saves_and_leaves(tmp_path):
     config = write_config(tmp_path / "config.json", epochs=200, checkpoint_every=10_000, log_every=1)
-    process = subprocess.Popen(command(config, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not (tmp_path / "run" / "speed.jsonl").exists(): time.sleep(0.05)
+    process = subprocess.Popen(
+        command(config, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (tmp_path / "run" / "speed.jsonl").exists():
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err[-2000:]
@@ -91,7 +119,16 @@ def test_sigterm_saves_and_leaves(tmp_path):
     assert len(saved) == 1 and f"stopped after step {saved[0].name.removeprefix('step-')}" in out
 
 
-def two_ranks(config, out): return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command(config, out)[1:]]
+def two_ranks(config, out):
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *command(config, out)[1:],
+    ]
 
 
 def joined(n, batch, seed, epoch, world=1, drop_last=False):
@@ -111,38 +148,60 @@ def test_two_processes_are_one(tmp_path):
     two = newest_checkpoint(tmp_path / "two")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "epoch_batches", joined)
-        one = newest_checkpoint(train(TrainConfig(**{**TINY, **fields, "micro_batch": None}), tmp_path / "one", progress=False))
+        one = newest_checkpoint(
+            train(TrainConfig(**{**TINY, **fields, "micro_batch": None}), tmp_path / "one", progress=False)
+        )
     assert one.name == two.name == "step-3"
-    a, b = (torch.load(c / "state.pt", weights_only=True)["optimizer"]["state"] for c in (one, two))     # Adam's first moment: the gradients of all steps
+    a, b = (
+        torch.load(c / "state.pt", weights_only=True)["optimizer"]["state"] for c in (one, two)
+    )  # Adam's first moment: the gradients of all steps
     largest = max(v["exp_avg"].abs().max() for v in a.values())
     assert a.keys() == b.keys() and largest > 0
-    for key in a: assert (a[key]["exp_avg"] - b[key]["exp_avg"]).abs().max() < 1e-4 * largest
+    for key in a:
+        assert (a[key]["exp_avg"] - b[key]["exp_avg"]).abs().max() < 1e-4 * largest
     whole = torch.load(one / "store-0.pt", weights_only=True)
     shares = [torch.load(two / f"store-{r}.pt", weights_only=True) for r in (0, 1)]
     assert [len(s["rows"]) for s in shares] == [899, 898] and all(s["written"].all() for s in shares)
-    for r, s in enumerate(shares): torch.testing.assert_close(s["rows"].float(), whole["rows"][r::2].float(), rtol=1e-3, atol=1e-3)
-    for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True): assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    with pytest.raises(ValueError, match=r"of 2 device\(s\), this is 1"): train(TrainConfig(**{**TINY, **fields, "epochs": 2}), tmp_path / "two", progress=False)
+    for r, s in enumerate(shares):
+        torch.testing.assert_close(s["rows"].float(), whole["rows"][r::2].float(), rtol=1e-3, atol=1e-3)
+    for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    with pytest.raises(ValueError, match=r"of 2 device\(s\), this is 1"):
+        train(TrainConfig(**{**TINY, **fields, "epochs": 2}), tmp_path / "two", progress=False)
 
 
 @pytest.mark.slow
 def test_two_ranks_stop_together_and_resume(tmp_path):
     "SIGTERM to the launcher: both ranks save the same step; the resumed run ends as the unbroken one."
     config = write_config(tmp_path / "config.json", epochs=40, checkpoint_every=10_000, log_every=1)
-    process = subprocess.Popen(two_ranks(config, tmp_path / "run"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "run" / "speed.jsonl").exists(): time.sleep(0.05)
+    process = subprocess.Popen(
+        two_ranks(config, tmp_path / "run"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (tmp_path / "run" / "speed.jsonl").exists():
+        time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=120)
     assert len(checkpoints(tmp_path / "run" / "checkpoints")) == 1
-    for out in ("run", "whole"): subprocess.run(two_ranks(config, tmp_path / out), check=True, capture_output=True)
+    for out in ("run", "whole"):
+        subprocess.run(two_ranks(config, tmp_path / out), check=True, capture_output=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_micro_batches_change_nothing_but_rounding(tmp_path):
-    runs = [train(TrainConfig(**{**TINY, "epochs": 1, "batch": 900, "micro_batch": m}), tmp_path / str(m), progress=False) for m in (None, 50)]
-    a, b = (torch.load(newest_checkpoint(r) / "state.pt", weights_only=True)["optimizer"]["state"] for r in runs)
+    runs = [
+        train(
+            TrainConfig(**{**TINY, "epochs": 1, "batch": 900, "micro_batch": m}),
+            tmp_path / str(m),
+            progress=False,
+        )
+        for m in (None, 50)
+    ]
+    a, b = (
+        torch.load(newest_checkpoint(r) / "state.pt", weights_only=True)["optimizer"]["state"] for r in runs
+    )
     largest = max(v["exp_avg"].abs().max() for v in a.values())
-    for key in a: assert (a[key]["exp_avg"] - b[key]["exp_avg"]).abs().max() < 1e-4 * largest
+    for key in a:
+        assert (a[key]["exp_avg"] - b[key]["exp_avg"]).abs().max() < 1e-4 * largest
 
 
 @pytest.mark.parametrize("harm", ["flipped byte", "cut short", "missing"])
@@ -150,21 +209,31 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, harm):
     whole = train(TrainConfig(**TINY), tmp_path / "whole", progress=False)
 
     def stop(record):
-        if record["step"] == 9: raise RuntimeError
-    with pytest.raises(RuntimeError): train(TrainConfig(**TINY), tmp_path / "run", callback=stop, progress=False)
+        if record["step"] == 9:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train(TrainConfig(**TINY), tmp_path / "run", callback=stop, progress=False)
     victim = checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.pt"
     content = bytearray(victim.read_bytes())
-    if harm == "flipped byte": content[len(content) // 2] ^= 4; victim.write_bytes(content)
-    elif harm == "cut short": victim.write_bytes(content[:1000])
-    else: victim.unlink()
-    with pytest.warns(UserWarning, match="step-8 is damaged: state.pt"): train(TrainConfig(**TINY), tmp_path / "run", progress=False)
+    if harm == "flipped byte":
+        content[len(content) // 2] ^= 4
+        victim.write_bytes(content)
+    elif harm == "cut short":
+        victim.write_bytes(content[:1000])
+    else:
+        victim.unlink()
+    with pytest.warns(UserWarning, match="step-8 is damaged: state.pt"):
+        train(TrainConfig(**TINY), tmp_path / "run", progress=False)
     assert_same_run(whole, tmp_path / "run")
 
 
 def test_all_checkpoints_damaged(tmp_path):
     run = train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
-    for folder in checkpoints(run / "checkpoints"): (folder / "model.safetensors").write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="every checkpoint"): load(run)
+    for folder in checkpoints(run / "checkpoints"):
+        (folder / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="every checkpoint"):
+        load(run)
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
@@ -182,7 +251,12 @@ config = training.TrainConfig.from_dict(__import__("json").load(open({str(config
 training.train(config, {str(tmp_path / "run")!r}, callback=limit, progress=False)
 """
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert failed.returncode != 0 and "could not be written" in failed.stderr and "the last good checkpoint is" in failed.stderr and "free more and run again" in failed.stderr, failed.stderr[-2000:]
+    assert (
+        failed.returncode != 0
+        and "could not be written" in failed.stderr
+        and "the last good checkpoint is" in failed.stderr
+        and "free more and run again" in failed.stderr
+    ), failed.stderr[-2000:]
     assert [p.name for p in checkpoints(tmp_path / "run" / "checkpoints")] == ["step-2"]
     whole = train(TrainConfig(**TINY), tmp_path / "whole", progress=False)
     train(TrainConfig(**TINY), tmp_path / "run", progress=False)
@@ -192,29 +266,44 @@ training.train(config, {str(tmp_path / "run")!r}, callback=limit, progress=False
 def test_no_room_is_seen_before_the_first_step(tmp_path, monkeypatch):
     usage = type("usage", (), dict(free=1000))
     monkeypatch.setattr(training.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match="free some space"): train(TrainConfig(**TINY), tmp_path / "run", progress=False)
+    with pytest.raises(OSError, match="free some space"):
+        train(TrainConfig(**TINY), tmp_path / "run", progress=False)
     assert not (tmp_path / "run" / "history.jsonl").exists()
 
 
 def test_loss_that_is_no_number(tmp_path):
     "A rate that blows the weights up: the run stops, names step, samples and checkpoint, and the checkpoint's weights are finite."
     with pytest.raises(FloatingPointError, match=r"the last good checkpoint is .*step-\d+") as caught:
-        train(TrainConfig(**{**TINY, "lr": 1e19, "checkpoint_every": 1, "epochs": 20}), tmp_path / "run", progress=False)
+        train(
+            TrainConfig(**{**TINY, "lr": 1e19, "checkpoint_every": 1, "epochs": 20}),
+            tmp_path / "run",
+            progress=False,
+        )
     named = checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    assert named.name in str(caught.value) and all(v.isfinite().all() for v in load_file(named / "model.safetensors").values())
+    assert named.name in str(caught.value) and all(
+        v.isfinite().all() for v in load_file(named / "model.safetensors").values()
+    )
 
 
 def test_first_loss_that_is_no_number_names_step_and_samples(tmp_path, monkeypatch):
-    broken = lambda model, d, schedule, part, estimate: (torch.full((len(part.x0),), float("nan"), requires_grad=True), part.x0)
+    broken = lambda model, d, schedule, part, estimate: (
+        torch.full((len(part.x0),), float("nan"), requires_grad=True),
+        part.x0,
+    )
     monkeypatch.setitem(training.OBJECTIVES, "paper", training.OBJECTIVES["paper"]._replace(loss=broken))
-    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 0 \(epoch 0\), for the samples \[\d+, .* no checkpoint had been saved"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"the loss is nan at step 0 \(epoch 0\), for the samples \[\d+, .* no checkpoint had been saved",
+    ):
         train(TrainConfig(**TINY), tmp_path / "run", progress=False)
 
 
 def test_bad_input_before_any_work(tmp_path):
     def refused(match, error=ValueError, **fields):
-        with pytest.raises(error, match=match): train(TrainConfig(**{**TINY, **fields}), tmp_path / "run", progress=False)
+        with pytest.raises(error, match=match):
+            train(TrainConfig(**{**TINY, **fields}), tmp_path / "run", progress=False)
         assert not (tmp_path / "run").exists()
+
     refused("batch=1798 is larger than the data", batch=1798)
     refused(r"shape=\(3, 8, 8\), but every image has 1 channel.*resize=True", shape=(3, 8, 8))
     refused("classes=4, but digits has 10 classes", classes=4)
@@ -226,28 +315,44 @@ def test_bad_input_before_any_work(tmp_path):
     refused("net=3", net=3)
     refused("pseudo_huber", distance="pseudo_hubert")
     net32 = dict(base=16, multipliers=(1, 1), blocks=1, attention=(), estimate=(16,))
-    refused("nowhere", error=FileNotFoundError, data="cifar10", data_path=str(tmp_path / "nowhere"), shape=(3, 32, 32), net=net32)
-    with pytest.raises(ValueError, match="did you mean 'epochs'.*Known: .*batch"): TrainConfig.from_dict(dict(epoch=3))
+    refused(
+        "nowhere",
+        error=FileNotFoundError,
+        data="cifar10",
+        data_path=str(tmp_path / "nowhere"),
+        shape=(3, 32, 32),
+        net=net32,
+    )
+    with pytest.raises(ValueError, match="did you mean 'epochs'.*Known: .*batch"):
+        TrainConfig.from_dict(dict(epoch=3))
 
 
 def test_directory_of_another_run(tmp_path):
-    (tmp_path / "other").mkdir(); (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not empty"): train(TrainConfig(**TINY), tmp_path / "other", progress=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        train(TrainConfig(**TINY), tmp_path / "other", progress=False)
     run = train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
-    with pytest.raises(ValueError, match="lr: 0.0002 there, 0.1 here"): train(TrainConfig(**{**TINY, "lr": 0.1}), run, progress=False)
-    with pytest.raises(FileExistsError, match="holds a run already"): train(TrainConfig(**TINY), run, resume=False, progress=False)
-    with pytest.raises(FileNotFoundError, match="no run directory"): load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="lr: 0.0002 there, 0.1 here"):
+        train(TrainConfig(**{**TINY, "lr": 0.1}), run, progress=False)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(TrainConfig(**TINY), run, resume=False, progress=False)
+    with pytest.raises(FileNotFoundError, match="no run directory"):
+        load(tmp_path / "nothing")
 
 
 def test_a_process_that_is_refused_leaves_the_run_alone(tmp_path):
     "While one process trains, another is refused before it touches configuration, history or the store's file."
     fields = {**TINY, "epochs": 1, "store_path": str(tmp_path / "store.bin")}
     run = train(TrainConfig(**fields), tmp_path / "run", progress=False)
-    (run / "history.jsonl").write_text((run / "history.jsonl").read_text() + json.dumps(dict(step=99)) + "\n")       # the other one is ahead of its checkpoint
+    (run / "history.jsonl").write_text(
+        (run / "history.jsonl").read_text() + json.dumps(dict(step=99)) + "\n"
+    )  # the other one is ahead of its checkpoint
     (tmp_path / "store.bin").write_bytes(bytes(b ^ 1 for b in (tmp_path / "store.bin").read_bytes()))
     files = [run / "config.json", run / "history.jsonl", tmp_path / "store.bin"]
     before = [p.read_bytes() for p in files]
-    with training.locked(run), pytest.raises(FileExistsError, match="another process"): train(TrainConfig(**{**fields, "epochs": 2, "sampler": "ddim"}), run, progress=False)
+    with training.locked(run), pytest.raises(FileExistsError, match="another process"):
+        train(TrainConfig(**{**fields, "epochs": 2, "sampler": "ddim"}), run, progress=False)
     assert [p.read_bytes() for p in files] == before
 
 
@@ -255,26 +360,38 @@ def test_a_strangers_configuration_is_kept(tmp_path):
     (tmp_path / "other").mkdir()
     for content in ('{"model_type": "bert"}', "", "[]"):
         (tmp_path / "other" / "config.json").write_text(content)
-        with pytest.raises(FileExistsError, match="holds no run"): train(TrainConfig(**TINY), tmp_path / "other", progress=False)
+        with pytest.raises(FileExistsError, match="holds no run"):
+            train(TrainConfig(**TINY), tmp_path / "other", progress=False)
         assert (tmp_path / "other" / "config.json").read_text() == content
 
 
 def test_a_grid_that_fails_costs_no_training(tmp_path, monkeypatch):
     "The checkpoint comes first, the failure is a warning, and the next start makes the grid."
     config = TrainConfig(**{**TINY, "epochs": 1})
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="no grid of samples at step 8.*No space left"):
-        patch.setattr(training, "save_grid", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with (
+        monkeypatch.context() as patch,
+        pytest.warns(UserWarning, match="no grid of samples at step 8.*No space left"),
+    ):
+        patch.setattr(
+            training,
+            "save_grid",
+            lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+        )
         run = train(config, tmp_path / "run", progress=False)
-    assert [p.name for p in checkpoints(run / "checkpoints")][-1] == "step-8" and not list(run.glob("samples/*"))
+    assert [p.name for p in checkpoints(run / "checkpoints")][-1] == "step-8" and not list(
+        run.glob("samples/*")
+    )
     train(config, run, progress=False)
     assert [p.name for p in run.glob("samples/*")] == ["step-0000008.png"]
-    with pytest.raises(ValueError, match="seed=.*2.63-1"): TrainConfig(**{**TINY, "seed": 2 ** 63})                    # no sampler could take it
+    with pytest.raises(ValueError, match="seed=.*2.63-1"):
+        TrainConfig(**{**TINY, "seed": 2**63})  # no sampler could take it
 
 
 def test_fewer_epochs_than_were_trained(tmp_path):
     run = train(TrainConfig(**{**TINY, "epochs": 2}), tmp_path / "run", progress=False)
     before = (run / "config.json").read_text()
-    with pytest.raises(ValueError, match="16 steps, more than the 8 of epochs=1; give at least 2"): train(TrainConfig(**{**TINY, "epochs": 1}), run, progress=False)
+    with pytest.raises(ValueError, match="16 steps, more than the 8 of epochs=1; give at least 2"):
+        train(TrainConfig(**{**TINY, "epochs": 1}), run, progress=False)
     assert (run / "config.json").read_text() == before
 
 
@@ -283,7 +400,8 @@ def test_more_epochs_where_steps_follow_the_progress(tmp_path):
     for name, more in (("rate", dict(lr_decay=0.5)), ("levels", dict(objective="consistency"))):
         fields = {**TINY, **more}
         run = train(TrainConfig(**{**fields, "epochs": 1}), tmp_path / name, progress=False)
-        with pytest.warns(UserWarning, match="begun with epochs=1"): train(TrainConfig(**{**fields, "epochs": 2}), run, progress=False)
+        with pytest.warns(UserWarning, match="begun with epochs=1"):
+            train(TrainConfig(**{**fields, "epochs": 2}), run, progress=False)
 
 
 def test_odd_files_in_a_run(tmp_path):
@@ -293,27 +411,37 @@ def test_odd_files_in_a_run(tmp_path):
     shutil.copytree(newest, newest.with_name(newest.name + ".bak"))
     assert checkpoints(run / "checkpoints")[-1] == newest and load(run) is not None
     (newest / "manifest.json").write_text("[]")
-    with pytest.warns(UserWarning, match="does not list the files"): load(run)
+    with pytest.warns(UserWarning, match="does not list the files"):
+        load(run)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**config, "net": {**config["net"], "base": 32}}))
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="of another network than the one in .*config.json"): load(run)
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match="of another network than the one in .*config.json"),
+    ):
+        load(run)
     (run / "config.json").write_text("")
     for use in (lambda: load(run), lambda: train(TrainConfig(**TINY), run, progress=False)):
-        with pytest.raises(ValueError, match="config.json is not the configuration of a run"): use()
+        with pytest.raises(ValueError, match="config.json is not the configuration of a run"):
+            use()
 
 
 def test_resume_on_other_images(tmp_path, monkeypatch):
     run = train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
     real = digits()
-    monkeypatch.setattr(training, "load_images", lambda config: dataclasses.replace(real, fingerprint="another"))
-    with pytest.raises(ValueError, match="trained on other images"): train(TrainConfig(**{**TINY, "epochs": 2}), run, progress=False)
+    monkeypatch.setattr(
+        training, "load_images", lambda config: dataclasses.replace(real, fingerprint="another")
+    )
+    with pytest.raises(ValueError, match="trained on other images"):
+        train(TrainConfig(**{**TINY, "epochs": 2}), run, progress=False)
 
 
 def test_a_run_that_never_took_a_step_gives_way(tmp_path, monkeypatch):
     "A setting that fails late (here: the disk) must not leave a directory that refuses the corrected setting."
     with monkeypatch.context() as patch:
         patch.setattr(training, "check_disk", lambda out, needed: (_ for _ in ()).throw(OSError("full")))
-        with pytest.raises(OSError): train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
+        with pytest.raises(OSError):
+            train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
     train(TrainConfig(**{**TINY, "epochs": 1, "lr": 1e-3}), tmp_path / "run", progress=False)
 
 
@@ -327,7 +455,10 @@ def test_longer_run_is_the_long_run(tmp_path):
 
 
 def test_a_second_run_may_want_another_format(tmp_path):
-    for precision in ("float32", "bfloat16"): train(TrainConfig(**{**TINY, "epochs": 1, "precision": precision}), tmp_path / precision, progress=False)
+    for precision in ("float32", "bfloat16"):
+        train(
+            TrainConfig(**{**TINY, "epochs": 1, "precision": precision}), tmp_path / precision, progress=False
+        )
     a, b = (history(tmp_path / p)[-1]["loss"] for p in ("float32", "bfloat16"))
     assert a != b and a == pytest.approx(b, rel=0.02)
 
@@ -339,17 +470,47 @@ def test_flipped_samples_keep_the_store_in_one_orientation(tmp_path, monkeypatch
     def watch(model, d, schedule, part, estimate):
         seen.append((part.x0, part.estimate))
         return original.loss(model, d, schedule, part, estimate)
+
     original = training.OBJECTIVES["paper"]
     monkeypatch.setitem(training.OBJECTIVES, "paper", original._replace(loss=watch))
-    monkeypatch.setattr(training, "draw", lambda c, step, n, device: dict(
-        t=torch.ones(n, dtype=torch.long), noise=torch.zeros(n, *c.shape), flips=torch.arange(n) % (2 + step) == 0))
-    run = train(TrainConfig(**{**TINY, "epochs": 2, "batch": 1797, "flip": True, "store_dtype": "float32", "lr": 1e-12, "log_every": 1}), tmp_path / "run", progress=False)
+    monkeypatch.setattr(
+        training,
+        "draw",
+        lambda c, step, n, device: dict(
+            t=torch.ones(n, dtype=torch.long),
+            noise=torch.zeros(n, *c.shape),
+            flips=torch.arange(n) % (2 + step) == 0,
+        ),
+    )
+    run = train(
+        TrainConfig(
+            **{
+                **TINY,
+                "epochs": 2,
+                "batch": 1797,
+                "flip": True,
+                "store_dtype": "float32",
+                "lr": 1e-12,
+                "log_every": 1,
+            }
+        ),
+        tmp_path / "run",
+        progress=False,
+    )
     pixels = digits().get(torch.arange(1797))[0]
     for step, (x0, estimate) in enumerate(seen):
         index, mirrored = epoch_batches(1797, 1797, 0, step)[0][0], torch.arange(1797) % (2 + step) == 0
-        assert torch.equal(x0[mirrored], pixels[index[mirrored]].flip(-1)) and torch.equal(x0[~mirrored], pixels[index[~mirrored]])
-        if step: torch.testing.assert_close(estimate, x0, rtol=0, atol=1e-4)
-    torch.testing.assert_close(torch.load(newest_checkpoint(run) / "store-0.pt", weights_only=True)["rows"], pixels, rtol=0, atol=1e-4)
+        assert torch.equal(x0[mirrored], pixels[index[mirrored]].flip(-1)) and torch.equal(
+            x0[~mirrored], pixels[index[~mirrored]]
+        )
+        if step:
+            torch.testing.assert_close(estimate, x0, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        torch.load(newest_checkpoint(run) / "store-0.pt", weights_only=True)["rows"],
+        pixels,
+        rtol=0,
+        atol=1e-4,
+    )
 
 
 def test_conditional_and_store_in_a_file(tmp_path):
@@ -358,17 +519,23 @@ def test_conditional_and_store_in_a_file(tmp_path):
     memory = train(TrainConfig(**fields), tmp_path / "memory", progress=False)
 
     def stop(record):
-        if record["step"] == 6: raise RuntimeError
+        if record["step"] == 6:
+            raise RuntimeError
+
     on_disk = TrainConfig(**fields, store_path=str(tmp_path / "store.bin"))
-    with pytest.raises(RuntimeError): train(on_disk, tmp_path / "file", callback=stop, progress=False)
+    with pytest.raises(RuntimeError):
+        train(on_disk, tmp_path / "file", callback=stop, progress=False)
     train(on_disk, tmp_path / "file", progress=False)
     assert_same_run(memory, tmp_path / "file")
-    with pytest.raises(ValueError, match="label"): load(memory)(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.ones(1, dtype=torch.long))
+    with pytest.raises(ValueError, match="label"):
+        load(memory)(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.ones(1, dtype=torch.long))
 
 
 def test_the_callers_random_state_is_left(tmp_path):
-    torch.manual_seed(5); expected = torch.rand(3)
-    torch.manual_seed(5); train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -376,8 +543,11 @@ def test_a_store_file_that_an_abandoned_run_left_is_not_read(tmp_path):
     "Killed before the first checkpoint, a run begins again; its store file must not remember the first attempt."
     fields = {**TINY, "epochs": 1, "checkpoint_every": 100, "store_path": str(tmp_path / "store.bin")}
 
-    def stop(record): raise RuntimeError
-    with pytest.raises(RuntimeError): train(TrainConfig(**fields), tmp_path / "file", callback=stop, progress=False)
+    def stop(record):
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train(TrainConfig(**fields), tmp_path / "file", callback=stop, progress=False)
     train(TrainConfig(**fields), tmp_path / "file", progress=False)
     memory = train(TrainConfig(**{**fields, "store_path": None}), tmp_path / "memory", progress=False)
     assert_same_run(memory, tmp_path / "file")
@@ -390,25 +560,39 @@ def test_the_rate_falls_over_the_last_share(tmp_path):
     while run.done < run.steps:
         training.step(run)
         seen.append(run.optimizer.param_groups[0]["lr"])
-    torch.testing.assert_close(torch.tensor(seen), 1e-3 * ((1 - torch.arange(len(seen)) / len(seen)) / 0.5).clamp(max=1))
+    torch.testing.assert_close(
+        torch.tensor(seen), 1e-3 * ((1 - torch.arange(len(seen)) / len(seen)) / 0.5).clamp(max=1)
+    )
     assert seen[0] == 1e-3 and training.learning_rate(TrainConfig(**{**TINY, "lr": 1e-3}), 0.99) == 1e-3
     training.save(run)
+
     def stop(record):
-        if record["step"] >= 6: raise KeyboardInterrupt
-    with pytest.raises((KeyboardInterrupt, SystemExit)): train(TrainConfig(**{**fields, "log_every": 6}), tmp_path / "broken", callback=stop, progress=False)
+        if record["step"] >= 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(TrainConfig(**{**fields, "log_every": 6}), tmp_path / "broken", callback=stop, progress=False)
     train(TrainConfig(**{**fields, "log_every": 6}), tmp_path / "broken", progress=False)
     for part in ("model", "ema"):
-        left, right = (load_file(newest_checkpoint(tmp_path / name) / f"{part}.safetensors") for name in ("whole", "broken"))
-        for key in left: assert torch.equal(left[key], right[key]), key
+        left, right = (
+            load_file(newest_checkpoint(tmp_path / name) / f"{part}.safetensors")
+            for name in ("whole", "broken")
+        )
+        for key in left:
+            assert torch.equal(left[key], right[key]), key
     for wrong in (-0.1, 1.5, "half"):
-        with pytest.raises(ValueError, match="lr_decay"): TrainConfig(**{**TINY, "lr_decay": wrong})
+        with pytest.raises(ValueError, match="lr_decay"):
+            TrainConfig(**{**TINY, "lr_decay": wrong})
 
 
 def test_levels_are_drawn_evenly():
     "u: one in each n-th of (0, 1), in an order that changes, so a batch meets every noise level; different steps differ."
     config = TrainConfig(**{**TINY, "objective": "consistency"})
     a, b = (training.draw(config, step, 50)["u"] for step in (3, 4))
-    for u in (a, b): assert torch.equal((u * 50).floor().sort().values, torch.arange(50.0)) and not torch.equal(u, u.sort().values)
+    for u in (a, b):
+        assert torch.equal((u * 50).floor().sort().values, torch.arange(50.0)) and not torch.equal(
+            u, u.sort().values
+        )
     assert not torch.equal(a, b) and torch.equal(a, training.draw(config, 3, 50)["u"])
 
 
@@ -417,29 +601,44 @@ def test_drop_last_leaves_out_the_smaller_batch_and_nothing_else(tmp_path):
         whole, full = (epoch_batches(n, batch, 5, 2, world, drop) for drop in (False, True))
         assert len(full) == n // batch and all(sum(map(len, shares)) == batch for shares in full)
         assert all(torch.equal(a, b) for k, shares in enumerate(full) for a, b in zip(shares, whole[k]))
-    run = training.Run(TrainConfig(**{**TINY, "batch": 700, "objective": "consistency", "drop_last": True}), tmp_path / "run")
+    run = training.Run(
+        TrainConfig(**{**TINY, "batch": 700, "objective": "consistency", "drop_last": True}), tmp_path / "run"
+    )
     assert run.steps == 2 * 4
-    with pytest.raises(ValueError, match="keeps a store"): TrainConfig(**{**TINY, "drop_last": True})
+    with pytest.raises(ValueError, match="keeps a store"):
+        TrainConfig(**{**TINY, "drop_last": True})
 
 
 def test_a_distance_that_has_not_seen_imagenet_trains(tmp_path):
     "`distance_options: {features: digits}`: Pseudo-LPIPS on a trunk of our own, by name, through checkpoint and resume."
-    fields = dict(shape=(1, 8, 8), net=dict(base=8, multipliers=(1,), blocks=1, attention=(), estimate=(8,)), distance="pseudo_lpips", c=0.1, distance_options=dict(features="digits"), batch=600, sample_every=0, checkpoint_every=1)
+    fields = dict(
+        shape=(1, 8, 8),
+        net=dict(base=8, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),
+        distance="pseudo_lpips",
+        c=0.1,
+        distance_options=dict(features="digits"),
+        batch=600,
+        sample_every=0,
+        checkpoint_every=1,
+    )
     train(TrainConfig(epochs=1, **fields), tmp_path / "run", progress=False)
     train(TrainConfig(epochs=2, **fields), tmp_path / "run", progress=False)
     losses = [r["loss"] for r in history(tmp_path / "run")]
     assert len(losses) and all(math.isfinite(v) and v > 0 for v in losses)
-    with pytest.raises(ValueError, match="digts"): training.open_distance(TrainConfig(**{**fields, "distance_options": dict(features="digts")}))
+    with pytest.raises(ValueError, match="digts"):
+        training.open_distance(TrainConfig(**{**fields, "distance_options": dict(features="digts")}))
 
 
 def test_disks_that_cannot_lock_or_flush_folders_warn(tmp_path, monkeypatch):
     "flock on Lustre or FUSE, fsync of a folder on CIFS, no fcntl on Windows: the run goes on."
     config, real = TrainConfig(**{**TINY, "epochs": 1}), os.fsync
 
-    def refuse(*args): raise OSError(errno.ENOSYS, "not implemented")
+    def refuse(*args):
+        raise OSError(errno.ENOSYS, "not implemented")
 
     def no_folders(fd):
-        if stat.S_ISDIR(os.fstat(fd).st_mode): raise OSError(errno.EINVAL, "invalid")
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "invalid")
         real(fd)
 
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be locked"):
@@ -459,7 +658,9 @@ def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "home").mkdir()
     train(TrainConfig(**{**TINY, "epochs": 1, "store_path": "~/rows"}), "~/run", progress=False)
-    assert {p.name for p in (tmp_path / "home").iterdir()} == {"run", "rows"} and not (tmp_path / "~").exists()
+    assert {p.name for p in (tmp_path / "home").iterdir()} == {"run", "rows"} and not (
+        tmp_path / "~"
+    ).exists()
     assert load("~/run") is not None
 
 
@@ -469,29 +670,53 @@ def test_a_run_on_images_that_moved_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("DDDM_CACHE", str(tmp_path / "cache"))
     for folder, first in (("pics", 0), ("elsewhere", 0), ("others", 9)):
         (tmp_path / folder).mkdir()
-        for i in range(8): Image.new("RGB", (8, 8), (first + i, 9, 9)).save(tmp_path / folder / f"{i}.png")
-    fields = {**TINY, "shape": (3, 8, 8), "batch": 4, "net": dict(base=8, multipliers=(1,), attention=(), estimate=(8,))}
+        for i in range(8):
+            Image.new("RGB", (8, 8), (first + i, 9, 9)).save(tmp_path / folder / f"{i}.png")
+    fields = {
+        **TINY,
+        "shape": (3, 8, 8),
+        "batch": 4,
+        "net": dict(base=8, multipliers=(1,), attention=(), estimate=(8,)),
+    }
     config = lambda data, epochs: TrainConfig(**{**fields, "data": data, "epochs": epochs})
     train(config("pics", 1), "run", progress=False)
     assert "pics: 8 images of 8x8, RGB" in (tmp_path / "run" / "data.txt").read_text()
-    for epochs, data in enumerate(("pics/", str(tmp_path / "pics"), "elsewhere"), 2): train(config(data, epochs), "run", progress=False)
-    with pytest.raises(ValueError, match="other images"): train(config("others", 6), "run", progress=False)
+    for epochs, data in enumerate(("pics/", str(tmp_path / "pics"), "elsewhere"), 2):
+        train(config(data, epochs), "run", progress=False)
+    with pytest.raises(ValueError, match="other images"):
+        train(config("others", 6), "run", progress=False)
 
 
 @pytest.mark.slow
 def test_the_slurm_script_saves_and_queues_again(tmp_path, root):
     "The script of the notebook, on two ranks: SIGTERM, as SLURM sends it, leaves a checkpoint and a job in the queue."
-    text = next(c["source"] for c in json.loads((root / "nbs" / "09_training.ipynb").read_text())["cells"] if "#SBATCH" in "".join(c["source"]))
-    script = "".join(text).split("```bash\n")[1].split("```")[0].replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
-    script = script.replace("--nproc_per_node 8", "--nproc_per_node 2").replace("cifar10.json", "c.json").replace("runs/cifar10", "run")
+    text = next(
+        c["source"]
+        for c in json.loads((root / "nbs" / "09_training.ipynb").read_text())["cells"]
+        if "#SBATCH" in "".join(c["source"])
+    )
+    script = (
+        "".join(text)
+        .split("```bash\n")[1]
+        .split("```")[0]
+        .replace("torchrun", f"{sys.executable} -m torch.distributed.run --standalone")
+    )
+    script = (
+        script.replace("--nproc_per_node 8", "--nproc_per_node 2")
+        .replace("cifar10.json", "c.json")
+        .replace("runs/cifar10", "run")
+    )
     (tmp_path / "c.json").write_text(json.dumps(TrainConfig(**{**TINY, "epochs": 10_000}).to_dict()))
     (tmp_path / "job.sh").write_text(script)
     (tmp_path / "scontrol").write_text(f"#!/bin/bash\necho $@ > {tmp_path}/queue\n")
     (tmp_path / "scontrol").chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        ["bash", "job.sh"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 240
-    while not (tmp_path / "run" / "history.jsonl").exists() and time.monotonic() < deadline: time.sleep(0.5)
+    while not (tmp_path / "run" / "history.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
     job.send_signal(signal.SIGTERM)
     job.wait(timeout=120)
     assert (tmp_path / "queue").read_text().split() == ["requeue", "7"]

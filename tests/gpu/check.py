@@ -1,4 +1,5 @@
 """Is the library right on a GPU, and how fast? Nine minutes; `--dry`: every stage at digits size on a CPU."""
+
 import collections
 import copy
 import tempfile
@@ -17,8 +18,8 @@ from dddm.training import Run, build, history, load, step, train
 job = Job(__doc__)
 cuda, device = job.cuda, job.device
 BATCH, MICRO_BATCHES = (1024, (256, 512, 1024)) if cuda else (16, (8, 16))
-SMALL = dict(base=16, attention=(), estimate=(8,))                        # a network for a CPU
-TOLERANCE = dict(float32=(1e-4, 1e-3), bfloat16=(3e-2, 1e-1))             # of loss, of gradient
+SMALL = dict(base=16, attention=(), estimate=(8,))  # a network for a CPU
+TOLERANCE = dict(float32=(1e-4, 1e-3), bfloat16=(3e-2, 1e-1))  # of loss, of gradient
 pictures = noise_folder(*(2048, 32) if cuda else (64, 8))
 
 
@@ -33,7 +34,7 @@ def large(**changes):
 
 def open_run(config):
     "A run in a new directory, after the epoch that fills its store."
-    torch._dynamo.reset()                         # a second micro-batch would make sizes symbolic
+    torch._dynamo.reset()  # a second micro-batch would make sizes symbolic
     run = Run(config, Path(tempfile.mkdtemp()) / "run")
     steps = 1 + (run.steps_per_epoch if needs_store(config.objective, config.estimate) else 1)
     for _ in range(steps):
@@ -53,14 +54,14 @@ def images_per_second(call, batch, n):
 
 def ceilings():
     "What the hardware can do: a large product in bfloat16, and a copy."
-    n, size = (8192, 2 ** 31) if cuda else (256, 2 ** 20)
+    n, size = (8192, 2**31) if cuda else (256, 2**20)
     a, b = torch.randn(2, n, n, device=device).bfloat16()
     x = torch.empty(size, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     product = min(job.seconds(lambda: a @ b)[0] for _ in range(10))
     copied = min(job.seconds(lambda: y.copy_(x))[0] for _ in range(10))
     memory = torch.cuda.get_device_properties(device).total_memory / 1e9 if cuda else None
-    return dict(bf16_TFLOPs=2 * n ** 3 / product / 1e12, copy_TBs=2 * size / copied / 1e12, memory_GB=memory)
+    return dict(bf16_TFLOPs=2 * n**3 / product / 1e12, copy_TBs=2 * size / copied / 1e12, memory_GB=memory)
 
 
 def arms():
@@ -97,7 +98,7 @@ def compare_with_cpu(config, worst, wrong):
     "Add the configuration's differences to `worst`, and those out of `TOLERANCE` to `wrong`."
     model = build(config).train()
     torch.manual_seed(1)
-    for p in model.parameters():                  # layers that begin at zero would hide what is before them
+    for p in model.parameters():  # layers that begin at zero would hide what is before them
         if not p.count_nonzero():
             torch.nn.init.normal_(p, std=0.05)
     expected = loss_and_gradient(model, config, "cpu", torch.float32)
@@ -142,6 +143,7 @@ def whole_runs():
         def interrupt(record):
             if record["step"] == stop:
                 raise Interrupted
+
         try:
             train(config, parts, progress=False, callback=interrupt)
         except Interrupted:
@@ -153,8 +155,12 @@ def whole_runs():
         losses = [record["loss"] for record in history(parts)]
         samples_differ = max(difference(here[s], there[s]) for s in here)
         found[objective] = dict(
-            weights_differ=difference(*weights), samples_differ=samples_differ, first_loss=losses[0],
-            last_loss=losses[-1], grids=len(list((parts / "samples").iterdir())))
+            weights_differ=difference(*weights),
+            samples_differ=samples_differ,
+            first_loss=losses[0],
+            last_loss=losses[-1],
+            grids=len(list((parts / "samples").iterdir())),
+        )
     return found
 
 
@@ -176,7 +182,7 @@ def syncs():
     found = {}
     for objective, estimate in (("paper", "store"), ("consistency", "self")):
         run = open_run(large(objective=objective, estimate=estimate, batch=64, micro_batch=32))
-        call = (lambda run=run: step(run))
+        call = lambda run=run: step(run)
         found[objective] = count_syncs(call) if cuda else f"no CUDA: {job.seconds(call)[0]:.3f} s a step"
     model = build(large()).to(device).eval()
     sample(model, 32, 1, batch_size=32)
@@ -208,7 +214,7 @@ def eager():
 
 def compiled():
     "Compiled training, from the largest micro-batch down."
-    return rates(True, MICRO_BATCHES[::-1][:2 if cuda else 1], 6 if cuda else 1)
+    return rates(True, MICRO_BATCHES[::-1][: 2 if cuda else 1], 6 if cuda else 1)
 
 
 def choices():
@@ -235,6 +241,7 @@ def loop_against_bare():
                 y = net(x, t, x, None)
             (y.float() - target).square().mean().backward()
         optimizer.step()
+
     calls = dict(bare=bare, loop=lambda: step(run))
     taken = {name: [] for name in calls}
     for round_ in range(7 if cuda else 3):
@@ -243,8 +250,12 @@ def loop_against_bare():
             if round_:
                 taken[name].append(took)
     ratios = [a / b - 1 for a, b in zip(taken["loop"], taken["bare"], strict=True)]
-    return dict(overhead=median(ratios), least=min(ratios), most=max(ratios),
-                images_per_second={name: BATCH / median(s) for name, s in taken.items()})
+    return dict(
+        overhead=median(ratios),
+        least=min(ratios),
+        most=max(ratios),
+        images_per_second={name: BATCH / median(s) for name, s in taken.items()},
+    )
 
 
 def sampling():
@@ -286,6 +297,7 @@ def peers():
             (y.float() - target).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+
         call()
         weights = sum(p.numel() for p in module.parameters())
         found[name] = dict(images_per_second(call, batch, 5 if cuda else 1), parameters=weights)
@@ -302,14 +314,22 @@ def nearest(make, size, widths):
 def open_diffusers(size):
     "diffusers' UNet2DModel with (about) `size` weights, and its call."
     from diffusers import UNet2DModel
+
     stages, side = (4, 32) if cuda else (2, 8)
 
     def make(width):
         widths = [width] + [2 * width] * (stages - 1)
         return UNet2DModel(
-            side, 3, 3, layers_per_block=3 if cuda else 1, block_out_channels=widths, norm_num_groups=8,
+            side,
+            3,
+            3,
+            layers_per_block=3 if cuda else 1,
+            block_out_channels=widths,
+            norm_num_groups=8,
             down_block_types=["DownBlock2D"] * (stages - 1) + ["AttnDownBlock2D"],
-            up_block_types=["AttnUpBlock2D"] + ["UpBlock2D"] * (stages - 1))
+            up_block_types=["AttnUpBlock2D"] + ["UpBlock2D"] * (stages - 1),
+        )
+
     network = nearest(make, size, range(8, 257, 8))
     return network, lambda x, t: network(x, t).sample
 
@@ -317,15 +337,25 @@ def open_diffusers(size):
 def open_unet(size):
     "denoising-diffusion-pytorch's Unet with (about) `size` weights, and its call."
     from denoising_diffusion_pytorch import Unet
+
     stages = 4 if cuda else 2
     factors = [1] + [2] * (stages - 1)
     network = nearest(lambda width: Unet(width, dim_mults=factors, channels=3), size, range(8, 257, 8))
     return network, network
 
 
-STAGES = (                                      # seconds that each needs, seconds after which it is stopped
-    (ceilings, 5, 30), (same_as_cpu, 20, 90), (whole_runs, 20, 80), (syncs, 10, 60), (eager, 20, 80),
-    (compiled, 60, 150), (choices, 60, 120), (loop_against_bare, 60, 120), (sampling, 20, 90), (peers, 15, 60))
+STAGES = (  # seconds that each needs, seconds after which it is stopped
+    (ceilings, 5, 30),
+    (same_as_cpu, 20, 90),
+    (whole_runs, 20, 80),
+    (syncs, 10, 60),
+    (eager, 20, 80),
+    (compiled, 60, 150),
+    (choices, 60, 120),
+    (loop_against_bare, 60, 120),
+    (sampling, 20, 90),
+    (peers, 15, 60),
+)
 for stage, need, limit in STAGES:
     job.stage(stage, need if cuda else 1, limit)
 job.finish()

@@ -1,4 +1,5 @@
 """What does the paper's estimate teach? `paper` with estimate store, truth and noise, as many steps each."""
+
 import tempfile
 import time
 from functools import partial
@@ -12,13 +13,13 @@ from dddm.presets import preset
 from dddm.sampling import draws, save_grid
 from dddm.training import Run, step
 
-ARMS = {                                       # name: fields that differ; other networks belong here, too
+ARMS = {  # name: fields that differ; other networks belong here, too
     "store": dict(estimate="store"),
     "truth": dict(estimate="truth"),
     "noise": dict(estimate="noise"),
 }
-FED = ("truth", "noise")                       # what the trained network is given in place of the estimate
-RESERVE = 5                                    # seconds for what comes after an arm's training
+FED = ("truth", "noise")  # what the trained network is given in place of the estimate
+RESERVE = 5  # seconds for what comes after an arm's training
 
 job = Job(__doc__, dry_budget=60, budget=540, data="the zip of CIFAR-10's training images")
 cuda = job.cuda
@@ -71,7 +72,7 @@ def train_arm(name, steps):
     if steps is None:
         share = (job.left() - (len(ARMS) + 1) * RESERVE) / len(ARMS)
         took = job.seconds(lambda: [step(run) for _ in range(3)])[0] / 3
-        steps = max(10, int(0.9 * share / took))          # a tenth for opening and compiling the other arms
+        steps = max(10, int(0.9 * share / took))  # a tenth for opening and compiling the other arms
     began, opened = time.perf_counter(), run.done
     while run.done < steps and job.left() > RESERVE:
         step(run)
@@ -80,10 +81,13 @@ def train_arm(name, steps):
     samples = generate(run.ema, n=24, steps=(1, 5))
     save_grid(torch.cat(list(samples.values())), job.out / f"grid-{name}.png", columns=12)
     job.results.setdefault("arms", {})[name] = dict(
-        steps=run.done, planned=steps, batch=run.config.batch,
+        steps=run.done,
+        planned=steps,
+        batch=run.config.batch,
         seconds_a_step=took,
         error_by_quarter_of_t=errors(run),
-        copies={s: correlation(x, run.config.shape) for s, x in samples.items()})
+        copies={s: correlation(x, run.config.shape) for s, x in samples.items()},
+    )
     return steps
 
 

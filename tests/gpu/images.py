@@ -1,8 +1,9 @@
 """Train the recommended one-step preset all of the time, and bring the weights back in three small files.
 
-    OUT=first python tests/gpu/images.py --data cifar10-jpeg-train.zip --until 0.5
-    OUT=second python tests/gpu/images.py --data cifar10-jpeg-train.zip --weights first
+OUT=first python tests/gpu/images.py --data cifar10-jpeg-train.zip --until 0.5
+OUT=second python tests/gpu/images.py --data cifar10-jpeg-train.zip --weights first
 """
+
 import json
 import tempfile
 import time
@@ -19,15 +20,19 @@ from dddm.presets import preset
 from dddm.sampling import save_grid
 from dddm.training import Run, build, step
 
-FILES, LARGEST = 3, 16 * 2 ** 20                  # weights come back in so many files, each smaller than this
-NET = dict(base=96, blocks=2, dropout=0.1)        # 22.7 M parameters
+FILES, LARGEST = 3, 16 * 2**20  # weights come back in so many files, each smaller than this
+NET = dict(base=96, blocks=2, dropout=0.1)  # 22.7 M parameters
 STEPS = (1, 2, 5)
-RESERVE = 10                                      # seconds for what comes after the training
+RESERVE = 10  # seconds for what comes after the training
 
 job = Job(
-    __doc__.splitlines()[0], dry_budget=60, budget=540,
-    data="the zip of CIFAR-10's training images", weights="folder of the files that an earlier session left",
-    until="share of the whole training, in (0, 1], at which this session ends (default 1)")
+    __doc__.splitlines()[0],
+    dry_budget=60,
+    budget=540,
+    data="the zip of CIFAR-10's training images",
+    weights="folder of the files that an earlier session left",
+    until="share of the whole training, in (0, 1], at which this session ends (default 1)",
+)
 cuda = job.cuda
 EVERY, SCORED, EXTRACTOR = (120, 5_000, "cifar") if cuda else (job.budget / 6, 200, "digits")
 until = float(job.options.until or 1)
@@ -40,8 +45,16 @@ def configuration(compile):
     if not cuda:
         return preset("digits-consistency", classes=None, batch=64, device="cpu", sample_every=0)
     return preset(
-        "cifar10-consistency", data_path=job.options.data, net=NET, batch=512, micro_batch=512, ema=0.999,
-        flip=True, sample_every=0, compile=compile)
+        "cifar10-consistency",
+        data_path=job.options.data,
+        net=NET,
+        batch=512,
+        micro_batch=512,
+        ema=0.999,
+        flip=True,
+        sample_every=0,
+        compile=compile,
+    )
 
 
 def write_weights(state, folder, progress):
@@ -96,14 +109,14 @@ def seconds_a_step(run, n=5):
     return job.seconds(lambda: [step(run) for _ in range(n)])[0] / n
 
 
-rows = []                                          # pictures of each scoring
+rows = []  # pictures of each scoring
 
 
 def score(run, reference):
     "Keep the weights, a row of pictures and the Fréchet distance at `STEPS`; returns the seconds it took."
     begin = time.perf_counter()
     images = generate(run.ema, n=SCORED, steps=STEPS, batch_size=1024 if cuda else 200)
-    rows.append(torch.cat([x[:8] for x in images.values()]))                     # one row a scoring
+    rows.append(torch.cat([x[:8] for x in images.values()]))  # one row a scoring
     save_grid(torch.cat(rows), job.out / "grids.png", columns=8 * len(STEPS))
     save_grid(torch.cat([x[:64] for x in images.values()]), job.out / "last.png", columns=16)
     metric = dict(extractor=EXTRACTOR, metrics="fd", device=job.device, batch_size=500, progress=False)
@@ -141,7 +154,7 @@ def train():
     job.results["run"] = dict(parameters=size, batch=run.config.batch, before=progress, until=until)
     extractor = load_extractor(EXTRACTOR, device=job.device)
     reference = reference_features(run.data, extractor, batch_size=500, progress=False)
-    run.done, run.steps = round(progress * 10 ** 6), 10 ** 6                 # until the rate is known
+    run.done, run.steps = round(progress * 10**6), 10**6  # until the rate is known
     pause, total = score(run, reference), 0
     plan(run, progress, seconds_a_step(run), pause)
     while run.done < until * run.steps and job.left() > RESERVE + pause:

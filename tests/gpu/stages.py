@@ -1,4 +1,5 @@
 """What the three jobs share: stages with a time guard each, and results that grow as they go."""
+
 import argparse
 import contextlib
 import json
@@ -27,6 +28,7 @@ class Job:
     `results` is written to `out`/results.json after every stage. A stage that fails or runs out of time is
     noted there with its error, and the next one runs. With `--dry` everything is small, on a CPU.
     """
+
     def __init__(self, about, dry_budget=100.0, budget=540.0, **options):
         parser = argparse.ArgumentParser(description=about)
         parser.add_argument("--dry", action="store_true", help="all stages at the size of digits, on a CPU")
@@ -40,7 +42,7 @@ class Job:
         self.began = time.perf_counter()
         self.cuda = torch.cuda.is_available() and not self.dry
         self.device = torch.device("cuda" if self.cuda else "cpu")
-        torch.set_float32_matmul_precision("high")                        # TF32, as `train` has it
+        torch.set_float32_matmul_precision("high")  # TF32, as `train` has it
         self.out = Path(os.environ.get("OUT") or tempfile.mkdtemp())
         self.out.mkdir(parents=True, exist_ok=True)
         name = torch.cuda.get_device_name() if self.cuda else "CPU"
@@ -115,14 +117,17 @@ def trace_only():
 
     def traced(*args, backend=None, mode=None, options=None, **kwargs):
         return compile(*args, backend="eager", **kwargs)
+
     torch.compile = traced
 
 
 @contextlib.contextmanager
 def stopped_after(seconds):
     "Within, `OutOfTime` is raised in the main thread after so many seconds."
+
     def stop(number, frame):
         raise OutOfTime(f"stopped after {seconds:.0f} s")
+
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -135,6 +140,7 @@ def stopped_after(seconds):
 def noise_folder(n, size):
     "A folder of n colour pictures of noise, `size` pixels a side: speed does not depend on what images show."
     from PIL import Image
+
     folder = Path(tempfile.mkdtemp())
     source = random.Random(0)
     for i in range(n):
@@ -148,12 +154,19 @@ def random_part(config, n, device="cpu"):
 
     def normal():
         return torch.randn(n, *config.shape, generator=g)
+
     part = Part(
-        x0=normal().clamp(-1, 1), estimate=normal().clamp(-1, 1),
-        noise=normal(), first=normal(), second=normal(),
-        t=torch.randint(1, config.T + 1, (n,), generator=g), u=(torch.arange(n) + 0.5) / n,
+        x0=normal().clamp(-1, 1),
+        estimate=normal().clamp(-1, 1),
+        noise=normal(),
+        first=normal(),
+        second=normal(),
+        t=torch.randint(1, config.T + 1, (n,), generator=g),
+        u=(torch.arange(n) + 0.5) / n,
         label=None if config.classes is None else torch.arange(n) % config.classes,
-        progress=0.4, epoch=1)
+        progress=0.4,
+        epoch=1,
+    )
     moved = {name: v.to(device) for name, v in vars(part).items() if torch.is_tensor(v)}
     return replace(part, **moved)
 
