@@ -35,13 +35,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from . import training
+from .checks import check_count, refuse_unknown
 from .data import KNOWN, Images, digits
 from .features import FEATURES, trunk
-from .losses import distance, pseudo, refuse_unknown
+from .losses import distance, pseudo
 from .metrics import extract, load_extractor, measure, nearest, reference_features
 from .model import DDDM
 from .objectives import SAMPLERS, generate
-from .sampling import check_count, class_labels, draws, grid, iterate
+from .sampling import class_labels, draws, grid, iterate
 from .schedule import VPSchedule
 from .store import decode, encode, whole_file
 

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['TRUNKS', 'RANDOM', 'PERCEPTUAL', 'DISTANCES', 'l1', 'l2', 'squared_l2', 'pseudo', 'pseudo_huber_c', 'check_pair',
            'PixelDistance', 'pseudo_huber', 'published_file', 'trunk_file', 'lpips_parts', 'load_trunk', 'freeze',
-           'unit_channels', 'PerceptualDistance', 'root', 'pseudo_lpips', 'refuse_unknown', 'distance']
+           'unit_channels', 'PerceptualDistance', 'root', 'pseudo_lpips', 'distance']
 
 # %% ../nbs/04_losses.ipynb #04-losses-003
 import copy
-import difflib
 import hashlib
 import math
 import numbers
@@ -19,6 +18,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .checks import refuse_unknown
 
 # %% ../nbs/04_losses.ipynb #04-losses-008
 def l1(e: torch.Tensor) -> torch.Tensor:
@@ -294,15 +295,6 @@ DISTANCES = {  # name: (what builds it, its options)
     "lpips": (PerceptualDistance, PERCEPTUAL),
     "pseudo_lpips": (pseudo_lpips, ("square", *PERCEPTUAL)),
 }
-
-
-def refuse_unknown(kind, value, known):
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), known, n=1)
-    raise ValueError(
-        f"{kind} {value!r} is unknown{f'; did you mean {near[0]!r}?' if near else ''} Known: {', '.join(known) or 'none'}"
-    )
 
 
 def distance(name: str, c: float = 0.0, **options) -> nn.Module:

@@ -35,10 +35,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import __version__
+from .checks import check_count
 from .data import Images, cache_folder, load
 from .features import FEATURES, network
 from .losses import published_file
-from .sampling import check_count
 from .store import encode, whole_file
 
 # %% ../nbs/10_metrics.ipynb #10-metrics-008

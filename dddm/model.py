@@ -9,7 +9,8 @@ __all__ = ['DDDM']
 import torch
 from torch import nn
 
-from .schedule import VPSchedule, check_finite
+from .checks import check_finite
+from .schedule import VPSchedule
 
 # %% ../nbs/02_reformulation.ipynb #02-reformulation-014
 class DDDM(nn.Module):

@@ -18,13 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .losses import refuse_unknown
+from .checks import check_count, refuse_unknown
 from .model import DDDM
 from dddm.sampling import (
     Arrivals,
     at_steps,
     batch_for,
-    check_count,
     class_labels,
     draws,
     eval_mode,

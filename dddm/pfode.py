@@ -13,7 +13,8 @@ import numbers
 import torch
 from scipy.integrate import solve_ivp
 
-from .schedule import VPSchedule, check_finite
+from .checks import check_finite
+from .schedule import VPSchedule
 
 # %% ../nbs/01_pfode.ipynb #01-pfode-009
 def log_joint(x, a, b, means, stds, weights):

@@ -14,7 +14,8 @@ import json
 
 import yaml
 
-from .losses import pseudo_huber_c, refuse_unknown
+from .checks import refuse_unknown
+from .losses import pseudo_huber_c
 from .training import TrainConfig
 
 # %% ../nbs/11_presets.ipynb #11-presets-005

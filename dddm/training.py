@@ -50,8 +50,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from . import data as images
+from .checks import refuse_unknown
 from .features import trunk
-from .losses import distance, refuse_unknown
+from .losses import distance
 from .model import DDDM
 from dddm.objectives import (
     OBJECTIVES,

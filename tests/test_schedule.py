@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dddm.schedule import VPSchedule, check_finite, linear_betas
+from dddm.checks import check_finite
+from dddm.schedule import VPSchedule, linear_betas
 
 
 @pytest.mark.parametrize("T", [1000, 2000, 4000, 8000])
