@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ESTIMATES', 'RUNGS', 'SAMPLERS', 'OBJECTIVES', 'RENOISE_STREAM', 'Part', 'fill', 'self_conditioned', 'paper',
            'epoch_weight', 'published_code', 'sigma', 'levels', 'level_count', 'spaced', 'ladder', 'with_levels',
-           'consistency', 'Boundary', 'Objective', 'objective_value', 'estimate_of', 'sampler_of', 'needs_store',
-           'blindfold', 'assemble', 'times_down', 'from_noise', 'generate']
+           'consistency', 'Objective', 'objective_value', 'estimate_of', 'sampler_of', 'needs_store', 'blindfold',
+           'assemble', 'times_down', 'from_noise', 'generate']
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-003
 import math
@@ -238,26 +238,6 @@ def consistency(model, d, schedule: VPSchedule, part: Part, estimate: str = "sel
         target = model(fill(estimate, model, part, x_s, s, part.second), x_s, s, part.label)
     x_hat = model(fill(estimate, model, part, x_t, t), x_t, t, part.label)
     return part.weight * d(x_hat, target), x_hat.detach() if estimate == "store" else None
-
-# %% ../nbs/08b_objectives.ipynb #08b-objectives-043
-class Boundary(nn.Module):
-    r"""$F_\theta = (1-\sqrt{\bar\alpha_t})\,x_t + \sqrt{1-\bar\alpha_t}\;\mathrm{net}$, which goes to 0 with t, so that $f_\theta = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1-\bar\alpha_t}\;\mathrm{net}$.
-
-    net(x_t [B, C, H, W], t long [B], x0_estimate [B, C, H, W], label) -> [B, C, H, W], as `DDDM` takes it; its own target is the velocity $\sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0$ of unit size at every t.
-    """
-
-    def __init__(self, net: nn.Module, schedule: VPSchedule):
-        super().__init__()
-        self.net, self.schedule, self.shape, self.classes = (
-            net,
-            schedule,
-            getattr(net, "shape", None),
-            getattr(net, "classes", None),
-        )
-
-    def forward(self, x_t, t, x0_estimate, label=None):
-        signal, noise = self.schedule.signal_noise(t, x_t)
-        return (1 - signal) * x_t + noise * self.net(x_t, t, x0_estimate, label)
 
 # %% ../nbs/08b_objectives.ipynb #08b-objectives-047
 SAMPLERS = (

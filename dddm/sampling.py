@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['X_T_STREAM', 'X0_STREAM', 'PRECISIONS', 'eval_mode', 'class_labels', 'iterate', 'refuse_bad', 'draws', 'Arrivals',
            'check_settle', 'step_counts', 'has_bfloat16', 'sampling_dtype', 'number_format', 'batch_for', 'at_steps',
-           'sample', 'eight_bits', 'grid', 'save_grid', 'show_rows', 'keep_images', 'kept_images']
+           'sample']
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-003
 import base64
@@ -339,89 +339,3 @@ def sample(
     return at_steps(model, n, (steps,), seed, label, batch_size, start, shape, clamp, precision=precision)[
         steps
     ]
-
-# %% ../nbs/08_sampling.ipynb #08-sampling-031
-def eight_bits(images: torch.Tensor) -> torch.Tensor:
-    "Values in [-1, 1] (cut to it), of any shape, as uint8 from 0 to 255, on the CPU."
-    return ((images.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def grid(images: torch.Tensor, columns: int | None = None, scale: int = 1) -> np.ndarray:
-    """Images [n, C, H, W] in [-1, 1] (cut to it), C = 1 or 3, as one picture: uint8 [height, width, 3], row by row.
-
-    columns: images in a row (None: about as many as rows); scale: pixels a side for each pixel. Raises `ValueError` for other shapes or non-finite values.
-    """
-    from torchvision.utils import make_grid  # here, because it takes seconds, and only pictures need it
-
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"images has shape {tuple(images.shape)}; expected (n, 1 or 3, H, W) with n >= 1")
-    columns = math.ceil(math.sqrt(len(images))) if columns is None else columns
-    check_count("columns", columns)
-    check_count("scale", scale)
-    check_finite("images", images)
-    pixels = eight_bits(images)
-    pixels = pixels.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return make_grid(pixels, nrow=columns, padding=scale, pad_value=127).permute(1, 2, 0).numpy()
-
-
-def save_grid(images: torch.Tensor, path, columns: int | None = None, scale: int = 1) -> None:
-    "`grid` as an image file; the suffix of `path` (.png) says the format."
-    Image.fromarray(grid(images, columns, scale)).save(path)
-
-# %% ../nbs/08_sampling.ipynb #08-sampling-kept-2
-def show_rows(rows: dict, columns: int, width: float = 7) -> None:
-    """A figure with a row of pictures for each {name: images [n, C, H, W] in [-1, 1]}, `columns` in a line (more: further lines), `width` inches (the names beside them not counted).
-
-    Raises `ValueError` if there are no rows, and as `grid` does."""
-    import matplotlib.pyplot as plt
-
-    if not rows:
-        raise ValueError("no rows to show")
-    pictures = {name: grid(x, columns=columns) for name, x in rows.items()}
-    heights = [width * p.shape[0] / p.shape[1] for p in pictures.values()]
-    fig, axes = plt.subplots(
-        len(rows),
-        1,
-        figsize=(width + 0.075 * max(map(len, rows)), sum(heights) + 0.08 * len(rows)),
-        dpi=72,
-        squeeze=False,
-        height_ratios=heights,
-    )
-    for ax, (name, picture) in zip(axes[:, 0], pictures.items()):
-        ax.imshow(picture, interpolation="nearest")
-        ax.set(xticks=[], yticks=[])
-        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    fig.tight_layout()
-    plt.show()
-
-
-def keep_images(rows: dict, path) -> None:
-    "Write {name: images [n, C, H, W] in [-1, 1] (cut to it), all of one C, H, W} to a JSON file, in 8 bits a value: whole, or not at all. Raises `ValueError` for other rows."
-    shapes = {tuple(x.shape[1:]) for x in rows.values()}
-    if len(shapes) != 1:
-        raise ValueError(f"the rows have images of the shapes {sorted(shapes)}; expected one, (C, H, W)")
-    for name, x in rows.items():
-        check_finite(f"row {name!r}", x)
-    packed = {
-        name: base64.b64encode(zlib.compress(eight_bits(x).numpy().tobytes(), 9)).decode()
-        for name, x in rows.items()
-    }
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps(dict(shape=shapes.pop(), rows=packed), indent=0))
-    part.replace(path)
-
-
-def kept_images(path) -> dict[str, torch.Tensor]:
-    "The rows that `keep_images` wrote, in [-1, 1], each value within 1/255 of what it was. Raises `ValueError` for a file of another kind."
-    try:
-        found = json.loads(Path(path).read_text())
-        return {
-            name: torch.frombuffer(
-                bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8
-            ).reshape(-1, *found["shape"])
-            / 127.5
-            - 1
-            for name, text in found["rows"].items()
-        }
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError, zlib.error) as e:
-        raise ValueError(f"{path} is not a file of images that keep_images wrote: {e}") from e
