@@ -16,11 +16,11 @@ from .schedule import VPSchedule
 class DDDM(nn.Module):
     r"""$f_\theta(x_0^{(n)}, x_t, t) = x_t - F_\theta(x_0^{(n)}, x_t, t)$, equation (3).
 
-    net: module called as `net(x_t, t, x0_estimate, label)`; returns $F_\theta$, shaped like x_t. Where t = 0 the output is
-    x_t itself, which is the boundary condition $F(\cdot,\cdot,0) = 0$ of (2). The schedule is no part of the state dict.
-    sampler: how `dddm.sampling.sample` makes images from it unless it is told otherwise. takes_estimate: False for a
-    baseline without a second input; its net is fed zeros whatever is given.
-    `shape`: of one sample, taken from `net.shape` where it has one, else None.
+    net: module called as `net(x_t, t, x0_estimate, label)`; returns $F_\theta$, shaped like x_t. Where t = 0
+    the output is x_t itself, which is the boundary condition $F(\cdot,\cdot,0) = 0$ of (2). The schedule is
+    no part of the state dict. sampler: how `dddm.sampling.sample` makes images from it unless it is told
+    otherwise. takes_estimate: False for a baseline without a second input; its net is fed zeros whatever is
+    given. `shape`: of one sample, taken from `net.shape` where it has one, else None.
     """
 
     def __init__(
@@ -35,7 +35,9 @@ class DDDM(nn.Module):
     ) -> torch.Tensor:
         """The next estimate of x_0, shaped like x_t.
 
-        x0_estimate, x_t: [B, …] of equal shape; t: long [B] in 0..T; label: long [B] or None. Raises `ValueError` on mismatched shapes, t out of range, non-finite inputs, or a net whose output is not shaped like x_t.
+        x0_estimate, x_t: [B, …] of equal shape; t: long [B] in 0..T; label: long [B] or None. Raises
+        `ValueError` on mismatched shapes, t out of range, non-finite inputs, or a net whose output is not
+        shaped like x_t.
         """
         if x0_estimate.shape != x_t.shape or x_t.ndim == 0:
             shapes = f"x0_estimate has shape {tuple(x0_estimate.shape)}, x_t {tuple(x_t.shape)}"
@@ -59,10 +61,12 @@ class DDDM(nn.Module):
 
 # %% ../nbs/02_reformulation.ipynb #02-reformulation-b2
 class Boundary(nn.Module):
-    r"""A network whose boundary condition is exact: $F_\theta = (1-\sqrt{\bar\alpha_t})\,x_t + \sqrt{1-\bar\alpha_t}\;\mathrm{net}$.
+    r"""A network whose boundary condition is exact: $F_\theta = (1-\sqrt{\bar\alpha_t})\,x_t +
+    \sqrt{1-\bar\alpha_t}\;\mathrm{net}$.
 
-    So $f_\theta = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1-\bar\alpha_t}\;\mathrm{net}$ goes to x_t as t goes to 0. net: as `DDDM` takes it; its own
-    target is the velocity $\sqrt{\bar\alpha_t}\,\epsilon - \sqrt{1-\bar\alpha_t}\,x_0$, of unit size at every t.
+    So $f_\theta = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1-\bar\alpha_t}\;\mathrm{net}$ goes to x_t as t goes to
+    0. net: as `DDDM` takes it; its own target is the velocity $\sqrt{\bar\alpha_t}\,\epsilon -
+    \sqrt{1-\bar\alpha_t}\,x_0$, of unit size at every t.
     """
 
     def __init__(self, net: nn.Module, schedule: VPSchedule):

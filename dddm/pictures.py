@@ -74,9 +74,9 @@ def show_rows(rows: dict, columns: int, width: float = 7) -> None:
 
 
 def keep_images(rows: dict, path) -> None:
-    """Write {name: images [n, C, H, W] in [-1, 1] (cut to it)} to a JSON file, in 8 bits a value: whole, or not at all.
+    """Write {name: images [n, C, H, W]} to a JSON file, in 8 bits a value: whole, or not at all.
 
-    All images are of one C, H, W. Raises `ValueError` for other rows.
+    All images are of one C, H, W; values are cut to [-1, 1]. Raises `ValueError` for other rows.
     """
     shapes = {tuple(x.shape[1:]) for x in rows.values()}
     if len(shapes) != 1:

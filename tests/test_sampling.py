@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dddm.model import DDDM
-from dddm.sampling import at_steps, draws, iterate, sample
+from dddm.sampling import draws, iterate, sample
 from dddm.schedule import VPSchedule
 from dddm.store import seeded_normal
 from dddm.unet import UNet
@@ -70,9 +70,9 @@ def test_unet_equals_the_plain_loop_and_modes_come_back():
 def test_any_cut_of_the_job_gives_the_same_images():
     model = unet(classes=4)
     label = torch.arange(11) % 4
-    whole = at_steps(model, 11, (1, 4), seed=1, label=label)
+    whole = sample(model, 11, (1, 4), seed=1, label=label)
     for size in (1, 2, 4, 11, 64):
-        cut = at_steps(model, 11, (4, 1), seed=1, label=label, batch_size=size)
+        cut = sample(model, 11, (4, 1), seed=1, label=label, batch_size=size)
         assert list(cut) == [1, 4]
         for s in cut:
             torch.testing.assert_close(cut[s], whole[s], rtol=0, atol=1e-5)
@@ -183,28 +183,27 @@ def test_a_batch_is_left_when_nothing_of_it_moves():
         rest,
         rest,
     ]  # batch 1 rests after its third step, batch 2 after its second
-    found = at_steps(DDDM(Scripted(script), VPSchedule()), 4, (1, 2, 3, 4, 500), batch_size=2, settle=1e-4)
+    found = sample(DDDM(Scripted(script), VPSchedule()), 4, (1, 2, 3, 4, 500), batch_size=2, tolerance=1e-4)
     for s, first in ((1, rest), (2, creeping), (3, creeping), (4, creeping), (500, creeping)):
         torch.testing.assert_close(
             found[s], torch.cat([first, rest]), rtol=0, atol=1e-6
         )  # F = x_T - f rounds
     net = Scripted([rest, creeping] * 3)
-    moving = at_steps(DDDM(net, VPSchedule()), 2, (2, 6), settle=1e-4)  # it never rests: every step is made
+    moving = sample(DDDM(net, VPSchedule()), 2, (2, 6), tolerance=1e-4)  # it never rests: every step is made
     assert not net.values and torch.allclose(moving[6], creeping, atol=1e-6)
     wide = Scripted([rest, creeping] * 3)
     assert (
-        torch.allclose(at_steps(DDDM(wide, VPSchedule()), 2, (6,), settle=1e-2)[6], creeping, atol=1e-6)
+        torch.allclose(sample(DDDM(wide, VPSchedule()), 2, (6,), tolerance=1e-2)[6], creeping, atol=1e-6)
         and len(wide.values) == 4
     )
     with pytest.raises(RuntimeError, match="step 2 of 6"):
-        at_steps(DDDM(Scripted([rest, rest / 0]), VPSchedule()), 2, (6,), settle=1e-4)
+        sample(DDDM(Scripted([rest, rest / 0]), VPSchedule()), 2, (6,), tolerance=1e-4)
 
 
 def test_arguments_are_checked_before_the_model_runs():
     model = DDDM(Scripted([]), VPSchedule())  # any call of it fails
     x = torch.zeros(3, 2)
     for call in (
-        lambda: at_steps(model, 2, steps=5),
         lambda: iterate(model, x, steps=0),
         lambda: iterate(model, x[:, :1]),
         lambda: iterate(model, x, x[:1]),
@@ -215,9 +214,9 @@ def test_arguments_are_checked_before_the_model_runs():
         lambda: sample(model, 2, batch_size=0),
         lambda: sample(model, 2, seed=-1),
         lambda: sample(model, 2, start=-1),
-        lambda: at_steps(model, 2, ()),
-        lambda: at_steps(model, 2, (1, 0)),
-        lambda: at_steps(model, 2, settle=-1),
+        lambda: sample(model, 2, ()),
+        lambda: sample(model, 2, (1, 0)),
+        lambda: sample(model, 2, tolerance=-1),
     ):
         with pytest.raises(ValueError):
             call()
