@@ -12,27 +12,21 @@ import torch
 from torch import nn
 
 from dddm import training
+from dddm.levels import intervals, noise_levels, sigma
 from dddm.losses import distance
-from dddm.model import DDDM
+from dddm.model import DDDM, Boundary
 from dddm.objectives import (
     ESTIMATES,
     OBJECTIVES,
-    Boundary,
-    Part,
+    Batch,
     assemble,
     estimate_of,
-    fill,
-    from_noise,
-    generate,
-    ladder,
-    level_count,
-    levels,
     needs_store,
+    network_estimate,
     objective_value,
     sampler_of,
-    sigma,
-    times_down,
 )
+from dddm.sampling import ddim, sample, times_down
 from dddm.schedule import VPSchedule
 from dddm.training import TrainConfig, epoch_batches, newest_checkpoint, open_store, train
 from dddm.unet import Dropout, seed_dropout
@@ -80,26 +74,18 @@ class Toy(nn.Module):
         return out
 
 
-def some_part(n=12, seed=0, **more):
+def some_batch(n=12, seed=0, **more):
     g = torch.Generator().manual_seed(seed)
-    x0, estimate, noise, first = (torch.randn(n, 1, 2, 2, generator=g) for _ in range(4))
-    return Part(
-        x0.clamp(-1, 1),
-        estimate,
-        torch.randint(1, T + 1, (n,), generator=g),
-        noise,
-        first,
-        torch.rand(n, generator=g),
-        **more,
-    )
+    x0, stored, noise, estimate_noise = (torch.randn(n, 1, 2, 2, generator=g) for _ in range(4))
+    t, u = torch.randint(1, T + 1, (n,), generator=g), torch.rand(n, generator=g)
+    draws = dict(noise=noise, stored=stored, estimate_noise=estimate_noise, u=u)
+    return Batch(x0.clamp(-1, 1), t, **draws, **more)
 
 
-def evaluate(objective, model, part, estimate=None, **more):
+def evaluate(objective, model, batch, estimate=None, **more):
     "Value, row for the store, and the times that were used."
-    value, row, part = objective_value(
-        objective, model, distance("squared_l2"), schedule, part, estimate, **more
-    )
-    return value, row, part.t
+    value, row, batch = objective_value(objective, model, distance("squared_l2"), batch, estimate, **more)
+    return value, row, batch.t
 
 
 def net_by_hand(x, t, e):
@@ -115,16 +101,16 @@ def f_by_hand(x, t, e, scaled):
 
 def estimate_by_hand(how, p, i, x, t, scaled):
     if how == "store":
-        return p["estimate"][i]
+        return p["stored"][i]
     if how == "truth":
         return p["x0"][i]
     if how == "shuffled":
-        return p["estimate"][i - 1]
+        return p["stored"][i - 1]
     if how == "none":
         return 0 * x
     if how == "noise" or i % 2:
-        return p["first"][i]
-    return np.clip(f_by_hand(x, t, p["first"][i], scaled), -1, 1)
+        return p["estimate_noise"][i]
+    return np.clip(f_by_hand(x, t, p["estimate_noise"][i], scaled), -1, 1)
 
 
 def loss_by_hand(objective, how, p, i, epoch, count):
@@ -141,7 +127,7 @@ def loss_by_hand(objective, how, p, i, epoch, count):
 
     if "consistency" not in objective:
         x_hat, w = answer(int(p["t"][i])), 1 / (epoch + 1)
-        to_row = ((x_hat - p["estimate"][i]) ** 2).sum()
+        to_row = ((x_hat - p["stored"][i]) ** 2).sum()
         return (
             w * ((x_hat - x0) ** 2).sum() + (1 - w) * to_row
             if objective == "published_code"
@@ -163,9 +149,9 @@ def loss_by_hand(objective, how, p, i, epoch, count):
 def test_every_number_by_hand(objective, how):
     model = assemble(objective, Toy(), schedule)
     for epoch, progress in ((0, 0.0), (3, 0.6)):
-        part = some_part(epoch=epoch, progress=progress)
-        value, row, t = evaluate(objective, model, part, how, level_range=(10, 80))
-        p = {k: v.double().numpy() if torch.is_tensor(v) else v for k, v in vars(part).items()}
+        batch = some_batch(epoch=epoch, progress=progress)
+        value, row, t = evaluate(objective, model, batch, how, level_range=(10, 80))
+        p = {k: v.double().numpy() if torch.is_tensor(v) else v for k, v in vars(batch).items()}
         expected = [
             loss_by_hand(objective, how, p, i, epoch, {0.0: 10, 0.6: 40}[progress]) for i in range(12)
         ]
@@ -174,27 +160,27 @@ def test_every_number_by_hand(objective, how):
 
 
 def test_what_goes_to_the_store():
-    part = some_part()
-    before = part.estimate.clone()
+    batch = some_batch()
+    before = batch.stored.clone()
     for objective, how in FEEDS:
-        value, row, t = evaluate(objective, assemble(objective, Toy(), schedule), part, how)
+        value, row, t = evaluate(objective, assemble(objective, Toy(), schedule), batch, how)
         if "consistency" in objective and how != "store":
             assert row is None
         elif objective == "published_code":
-            assert torch.equal(row, part.x0)
+            assert torch.equal(row, batch.x0)
         else:
-            assert row.shape == part.x0.shape and not row.requires_grad and not torch.equal(row, part.x0)
-        assert torch.equal(part.estimate, before), "an objective changed its input"
+            assert row.shape == batch.x0.shape and not row.requires_grad and not torch.equal(row, batch.x0)
+        assert torch.equal(batch.stored, before), "an objective changed its input"
         if "consistency" not in objective:
-            assert torch.equal(t, part.t)
+            assert torch.equal(t, batch.t)
 
 
 def test_published_code_weighs_by_epoch():
-    model, part = assemble("published_code", Toy(), schedule), some_part()
-    to_truth = evaluate("paper", model, part)[0]
+    model, batch = assemble("published_code", Toy(), schedule), some_batch()
+    to_truth = evaluate("paper", model, batch)[0]
     mixed = {}
-    for part.epoch in (0, 1, 4):
-        mixed[part.epoch] = evaluate("published_code", model, part)[0]
+    for batch.epoch in (0, 1, 4):
+        mixed[batch.epoch] = evaluate("published_code", model, batch)[0]
     to_row = 2 * mixed[1] - to_truth  # at w = 1/2
     torch.testing.assert_close(mixed[0], to_truth)
     torch.testing.assert_close(mixed[4], to_truth / 5 + to_row * 4 / 5)
@@ -212,10 +198,10 @@ def test_published_code_weighs_by_epoch():
 def test_the_smaller_side_has_no_gradient(objective, how):
     "Gradient of the loss with the target as a constant, computed apart, and no graph in any pass but the last."
     net = Toy()
-    model, part = assemble(objective, net, schedule), some_part()
-    evaluate(objective, model, part, how)[0].sum().backward()
+    model, batch = assemble(objective, net, schedule), some_batch()
+    evaluate(objective, model, batch, how)[0].sum().backward()
     assert [c[3] for c in net.calls] == [False] * (len(net.calls) - 1) + [True]
-    times, *_ = ladder(T, 0.1, 20.0, 10)
+    times, *_ = intervals(schedule, 10)
     x_t, t, e, _, _ = net.calls[-1]
     s = times[torch.searchsorted(times, t) - 1]
     x_s, _, e_s, _, _ = next(c for c in net.calls if len(c[1]) == len(s) and torch.equal(c[1], s))
@@ -225,51 +211,51 @@ def test_the_smaller_side_has_no_gradient(objective, how):
     gap = (sigma(schedule)[t] - sigma(schedule)[s]).float()
     (((model(e, x_t, t) - target) ** 2).flatten(1).sum(1) / gap).sum().backward()
     torch.testing.assert_close(got, net.w.grad)
-    assert (s == 0).sum() == 0 or torch.equal(x_s[s == 0], part.x0[s == 0])
+    assert (s == 0).sum() == 0 or torch.equal(x_s[s == 0], batch.x0[s == 0])
 
 
 def test_zero_is_the_target_at_the_boundary():
     "With t at the first level the target is x_0 to the last bit, whatever the network says."
-    model, part = assemble("consistency", Toy(), schedule), some_part()
-    part.u = torch.zeros(12)
-    value, _, t = evaluate("consistency", model, part)
+    model, batch = assemble("consistency", Toy(), schedule), some_batch()
+    batch.u = torch.zeros(12)
+    value, _, t = evaluate("consistency", model, batch)
     assert (t == 1).all()
-    x_1 = schedule.diffuse(part.x0, t, part.noise)
+    x_1 = schedule.diffuse(batch.x0, t, batch.noise)
     second_rows = (torch.arange(12) % 2 == 0).reshape(-1, 1, 1, 1)
-    again = torch.where(second_rows, model(part.first, x_1, t).clamp(-1, 1), part.first)
+    again = torch.where(second_rows, model(batch.estimate_noise, x_1, t).clamp(-1, 1), batch.estimate_noise)
     torch.testing.assert_close(
-        value, ((model(again, x_1, t) - part.x0) ** 2).flatten(1).sum(1) / sigma(schedule)[1].float()
+        value, ((model(again, x_1, t) - batch.x0) ** 2).flatten(1).sum(1) / sigma(schedule)[1].float()
     )
-    assert torch.equal(model(part.first, part.x0, torch.zeros(12, dtype=torch.long)), part.x0)
+    assert torch.equal(model(batch.estimate_noise, batch.x0, torch.zeros(12, dtype=torch.long)), batch.x0)
 
 
 @pytest.mark.parametrize("how", ["self", "noise"])
 def test_both_sides_drop_the_same_units(how):
     net = Toy(dropout=0.5)
-    model, part = assemble("consistency", net, schedule).train(), some_part(n=64, seed=1)
+    model, batch = assemble("consistency", net, schedule).train(), some_batch(n=64, seed=1)
     seed_dropout(model, 1234)
-    first = evaluate("consistency", model, part, how)[0]
+    first = evaluate("consistency", model, batch, how)[0]
     whole = [c[4] == 0 for c in net.calls if len(c[1]) == 64]
     assert len(whole) == 2 and torch.equal(*whole) and 0.3 < whole[0].float().mean() < 0.7
     halves = [c[4] == 0 for c in net.calls if len(c[1]) < 64]
     if how == "self":
         assert len(halves) == 2 and torch.equal(*halves)
-    assert torch.equal(first, evaluate("consistency", model, part, how)[0])
+    assert torch.equal(first, evaluate("consistency", model, batch, how)[0])
     seed_dropout(model, 1235)
-    assert not torch.equal(first, evaluate("consistency", model, part, how)[0])
+    assert not torch.equal(first, evaluate("consistency", model, batch, how)[0])
 
 
 @pytest.mark.parametrize("objective, how", [f for f in FEEDS if f[1] != "shuffled"])
-def test_a_part_is_the_sum_of_its_samples(objective, how):
+def test_a_batch_is_the_sum_of_its_samples(objective, how):
     "Cut into micro-batches, the numbers are the same: no sample sees another."
-    model, part = assemble(objective, Toy(), schedule), some_part(epoch=2, progress=0.4)
-    whole = evaluate(objective, model, part, how)
-    for size in (2, 4) if how == "self" else (1, 5):  # every second row of a part has an estimate of its own
+    model, batch = assemble(objective, Toy(), schedule), some_batch(epoch=2, progress=0.4)
+    whole = evaluate(objective, model, batch, how)
+    for size in (2, 4) if how == "self" else (1, 5):  # every second row of a batch has an estimate of its own
         pieces = [
             evaluate(
                 objective,
                 model,
-                Part(**{k: v[a : a + size] if torch.is_tensor(v) else v for k, v in vars(part).items()}),
+                Batch(**{k: v[a : a + size] if torch.is_tensor(v) else v for k, v in vars(batch).items()}),
                 how,
             )
             for a in range(0, 12, size)
@@ -286,59 +272,43 @@ def test_nothing_of_x0_reaches_the_network_but_through_x_t(objective, how):
     "Two different x_0 and noises that give the same x_t: all that the network gets at t is the same."
     seen = []
     for shift in (0.0, 0.5):
-        net, part = Toy(), some_part(seed=3)
+        net, batch = Toy(), some_batch(seed=3)
         model, t = (
             assemble(objective, net, schedule),
-            evaluate(objective, assemble(objective, Toy(), schedule), part, how)[2],
+            evaluate(objective, assemble(objective, Toy(), schedule), batch, how)[2],
         )
-        a, b = schedule.signal_noise(t, part.x0)
-        part.x0, part.noise = part.x0 + shift, part.noise - shift * a / b
-        evaluate(objective, model, part, how)
+        a, b = schedule.signal_noise(t, batch.x0)
+        batch.x0, batch.noise = batch.x0 + shift, batch.noise - shift * a / b
+        evaluate(objective, model, batch, how)
         seen.append(net.calls[-1])
     for k in (0, 1, 2):
         torch.testing.assert_close(seen[0][k].float(), seen[1][k].float(), rtol=1e-3, atol=1e-3)
 
 
-def test_levels_and_doubling():
-    for T_ in (2, 10, 1000, 4000):
-        s = VPSchedule(T_, 0.1, min(20.0, 0.9 * T_))
-        for n in (2, 10, 80):
-            times = levels(s, n)
-            assert (
-                times[0] == 0
-                and times[1] == 1
-                and times[-1] == T_
-                and (times.diff() > 0).all()
-                and len(times) <= n + 1
-            )
-    assert [level_count(p, 10, 80) for p in (0, 0.2499, 0.25, 0.5, 0.75, 0.9999)] == [10, 10, 20, 40, 80, 80]
-    assert level_count(0.9999, 10, 100) == 100 and level_count(0.5, 7, 7) == 7
-
-
-def test_uniform_rungs_draw_every_interval_equally_often():
-    times, share, _ = ladder(T, 0.1, 20.0, 80, "uniform")
-    assert torch.equal(times, levels(schedule, 80)) and torch.allclose(
+def test_uniform_draws_every_interval_equally_often():
+    times, share, _ = intervals(schedule, 80, "uniform")
+    assert torch.equal(times, noise_levels(schedule, 80)) and torch.allclose(
         share.diff(), torch.full((len(times) - 1,), 1 / (len(times) - 1), dtype=torch.float64)
     )
-    part = some_part(n=4000)
+    batch = some_batch(n=4000)
     t = evaluate(
         "consistency",
         assemble("consistency", Toy(), schedule),
-        part,
+        batch,
         "noise",
         level_range=(10, 10),
-        rungs="uniform",
+        level_distribution="uniform",
     )[2]
     assert abs((t == T).float().mean() - 1 / 10) < 0.02 and set(t.tolist()) == set(
-        levels(schedule, 10).tolist()
+        noise_levels(schedule, 10).tolist()
     ) - {0}
     with pytest.raises(ValueError, match="did you mean 'uniform'"):
-        ladder(T, 0.1, 20.0, 80, "unifrm")
+        intervals(schedule, 80, "unifrm")
 
 
-def test_rising_rungs_move_upwards_and_weigh_by_the_formula():
+def test_rising_moves_upwards_and_weigh_by_the_formula():
     "Levels even in angle; at p = 0 the normal and the weight of Song & Dhariwal; later more draws at t = T, and the weight (1 + p sigma_t) / (sigma_t - sigma_s) in the loss itself."
-    times, share, weight = ladder(T, 0.1, 20.0, 40, "rising", 0.0)
+    times, share, weight = intervals(schedule, 40, "rising", 0.0)
     angle = sigma(schedule)[times[1:]].atan()
     assert (
         times[0] == 0
@@ -350,20 +320,22 @@ def test_rising_rungs_move_upwards_and_weigh_by_the_formula():
     normal = torch.distributions.Normal(-1.1, 2.0).cdf(s.clamp(min=1e-30).log())
     torch.testing.assert_close(share, (normal - normal[0]) / (normal[-1] - normal[0]))
     torch.testing.assert_close(weight, 1 / s.diff())
-    top = [ladder(T, 0.1, 20.0, 40, "rising", p)[1].diff()[-1] for p in (0.0, 0.5, 1.0)]
-    assert top[0] < top[1] < top[2] and ladder(T, 0.1, 20.0, 40, "lognormal", 0.5)[1].equal(
-        ladder(T, 0.1, 20.0, 40, "lognormal")[1]
+    top = [intervals(schedule, 40, "rising", p)[1].diff()[-1] for p in (0.0, 0.5, 1.0)]
+    assert top[0] < top[1] < top[2] and intervals(schedule, 40, "lognormal", 0.5)[1].equal(
+        intervals(schedule, 40, "lognormal")[1]
     )
-    model, part = assemble("consistency", Toy(), schedule), some_part(n=64)
-    part.progress = 0.5
-    value, _, t = evaluate("consistency", model, part, "noise", level_range=(40, 40), rungs="rising")
+    model, batch = assemble("consistency", Toy(), schedule), some_batch(n=64)
+    batch.progress = 0.5
+    value, _, t = evaluate(
+        "consistency", model, batch, "noise", level_range=(40, 40), level_distribution="rising"
+    )
     below = times[torch.searchsorted(times, t) - 1]
     with torch.no_grad():
         d = (
             (
                 (
-                    model(part.first, schedule.diffuse(part.x0, t, part.noise), t)
-                    - model(part.first, schedule.diffuse(part.x0, below, part.noise), below)
+                    model(batch.estimate_noise, schedule.diffuse(batch.x0, t, batch.noise), t)
+                    - model(batch.estimate_noise, schedule.diffuse(batch.x0, below, batch.noise), below)
                 )
                 ** 2
             )
@@ -401,14 +373,14 @@ def test_needs_store_and_refusals():
 
 
 def test_names_and_options_that_do_not_exist_are_refused():
-    part = some_part()
+    batch = some_batch()
     with pytest.raises(ValueError, match="did you mean 'store'"):
-        fill("stor", None, part, part.x0, part.t)
+        network_estimate("stor", None, batch, batch.x0, batch.t)
     with pytest.raises(ValueError, match="at least two levels"):
-        levels(schedule, 1)
+        noise_levels(schedule, 1)
     for name in ("paper", "consistency"):
         with pytest.raises(TypeError):
-            objective_value(name, None, None, schedule, part, rung="uniform")
+            objective_value(name, None, None, batch, distribution="uniform")
 
 
 def test_runs_without_store_save_none(tmp_path):
@@ -449,41 +421,40 @@ def test_consistency_with_a_store_keeps_its_own_answers(tmp_path):
 
 
 @pytest.mark.parametrize("objective", ["consistency", "improved_consistency", "regression"])
-@pytest.mark.parametrize("sampler", ["fixed", "ddim", "renoise"])
+@pytest.mark.parametrize("sampler", ["iterate", "ddim", "renoise"])
 def test_image_i_depends_on_seed_and_i_alone(objective, sampler):
     model = assemble(objective, Toy(), schedule)
-    whole = generate(model, sampler, 9, (3, 1), seed=4)
+    whole = sample(model, 9, (3, 1), sampler, seed=4)
     assert list(whole) == [1, 3] and all(
         v.shape == (9, 1, 2, 2) and v.abs().max() <= 1 for v in whole.values()
     )
     for batch_size in (1, 4):
         torch.testing.assert_close(
-            generate(model, sampler, 5, (3,), seed=4, batch_size=batch_size)[3], whole[3][:5]
+            sample(model, 5, (3,), sampler, seed=4, batch_size=batch_size)[3], whole[3][:5]
         )
-    assert not torch.allclose(generate(model, sampler, 9, (3,), seed=5)[3], whole[3])
+    assert not torch.allclose(sample(model, 9, (3,), sampler, seed=5)[3], whole[3])
     assert model.training, "the mode must be left as it was"
 
 
 def test_a_model_knows_its_sampler():
-    "`generate` without a sampler uses the model's own: the objective's, or the one it was assembled with; a copy has it too, and a model that was made otherwise iterates."
+    "`sample` without a sampler uses the model's own: the objective's, or the one it was assembled with; a copy has it too, and a model that was made otherwise iterates."
     for objective, own in (
-        ("paper", "fixed"),
-        ("consistency", "fixed"),
+        ("paper", "iterate"),
+        ("consistency", "iterate"),
         ("improved_consistency", "renoise"),
         ("regression", "ddim"),
     ):
         assert sampler_of(objective) == own
-        for given in (None, "fixed", "ddim", "renoise"):
+        for given in (None, "iterate", "ddim", "renoise"):
             model = copy.deepcopy(assemble(objective, Toy(), schedule, given))
             assert model.sampler == (given or own) and torch.equal(
-                generate(model, n=3, steps=(3,))[3], generate(model, given or own, 3, (3,))[3]
+                sample(model, 3, 3), sample(model, 3, 3, given or own)
             )
     plain = DDDM(Toy(), schedule)
-    assert torch.equal(generate(plain, n=3, steps=(3,))[3], generate(plain, "fixed", 3, (3,))[3])
-    for sampler in ("fixed", "ddim", "renoise"):
-        assert list(generate(plain, sampler, 2, steps=(k for k in (3, 1)))) == [1, 3]  # any iterable
-        with pytest.raises(ValueError, match="steps=5: give the numbers"):
-            generate(plain, sampler, 2, 5)
+    assert torch.equal(sample(plain, 3, 3), sample(plain, 3, 3, "iterate"))
+    for sampler in ("iterate", "ddim", "renoise"):
+        assert list(sample(plain, 2, (k for k in (3, 1)), sampler)) == [1, 3]  # any iterable
+        assert sample(plain, 2, 5, sampler).shape == (2, 1, 2, 2)
     for wrong in (
         lambda: sampler_of("consistancy"),
         lambda: assemble("paper", Toy(), schedule, "dim"),
@@ -495,7 +466,7 @@ def test_a_model_knows_its_sampler():
 
 @pytest.mark.filterwarnings("ignore:.*begun with epochs=1")
 def test_the_sampler_of_a_run_may_change_when_it_goes_on(tmp_path):
-    "It is no part of the training: the weights are the same, the run then samples as it was told last, and the grids of a run that re-noises are others."
+    "It is no batch of the training: the weights are the same, the run then samples as it was told last, and the grids of a run that re-noises are others."
     tiny = dict(
         objective="consistency",
         net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),
@@ -505,7 +476,7 @@ def test_the_sampler_of_a_run_may_change_when_it_goes_on(tmp_path):
         device="cpu",
     )
     run = train(TrainConfig(**tiny), tmp_path / "run", progress=False)
-    assert training.load(run).sampler == "fixed"
+    assert training.load(run).sampler == "iterate"
     weights, iterated = (
         (run / name).read_bytes()
         for name in (newest_checkpoint(run).relative_to(run) / "ema.safetensors", "samples/step-0000002.png")
@@ -530,38 +501,32 @@ def test_ddim_step_by_hand():
         y = math.sqrt(AB[s]) * x_hat + math.sqrt(1 - AB[s]) * (y - math.sqrt(AB[t]) * x_hat) / math.sqrt(
             1 - AB[t]
         )
-    np.testing.assert_allclose(from_noise(model, x, 3).detach().numpy(), y, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(ddim(model, x, 3).detach().numpy(), y, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["fixed", "ddim", "renoise"])
+@pytest.mark.parametrize("sampler", ["iterate", "ddim", "renoise"])
 def test_models_with_estimates_are_fed_them(sampler):
     "Every sampler gives a model that was trained with estimates noise or an answer, and one that was not, zeros; so does a copy of it, and a call of one's own."
     for objective, blind in (("consistency", False), ("improved_consistency", True), ("regression", True)):
         net = Toy()
         model = assemble(objective, net, schedule)
-        made = generate(model, sampler, 3, (1, 2))
-        assert len(net.calls) == (2 if sampler == "fixed" else 3) and all(
+        made = sample(model, 3, (1, 2), sampler)
+        assert len(net.calls) == (2 if sampler == "iterate" else 3) and all(
             (c[2] == 0).all() == blind for c in net.calls
         )
         twin = copy.deepcopy(model)
         twin(torch.ones(2, 1, 2, 2), torch.ones(2, 1, 2, 2), torch.tensor([1, T]))
         assert (twin.net.net.calls[-1][2] == 0).all() == blind
-        if blind and sampler == "fixed":
-            assert torch.equal(made[1], made[2]) and torch.equal(made[1], generate(model, "ddim", 3, (1,))[1])
+        if blind and sampler == "iterate":
+            assert torch.equal(made[1], made[2]) and torch.equal(made[1], sample(model, 3, 1, "ddim"))
 
 
 @pytest.mark.parametrize("how", ["store", "shuffled"])
 def test_a_missing_store_is_told(how):
-    p = some_part()
-    p.estimate = None
-    with pytest.raises(ValueError, match="part.estimate is None"):
+    p = some_batch()
+    p.stored = None
+    with pytest.raises(ValueError, match="batch.stored is None"):
         evaluate("paper", assemble("paper", Toy(), schedule), p, how)
-
-
-@pytest.mark.parametrize("least, most", [(80, 10), (1, 10)])
-def test_levels_that_fall_are_refused(least, most):
-    with pytest.raises(ValueError, match="need 2 <= least <= most"):
-        level_count(0.5, least, most)
 
 
 def test_boundary_keeps_what_the_sampler_asks_of_a_net():
