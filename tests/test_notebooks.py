@@ -50,7 +50,7 @@ def test_as_committed(path):
     "path",
     [
         pytest.param(NBS / f"{name}.ipynb", id=name)
-        for name in sorted(JOBS | {"09b_reproduction", "09c_cifar"})
+        for name in sorted(JOBS | {"20_reproduction", "21_cifar"})
     ],
 )
 def test_takes_parameters(path):
