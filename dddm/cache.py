@@ -11,6 +11,9 @@ import io
 import json
 import math
 import os
+import platform
+import re
+import time
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -165,13 +168,39 @@ def find_cache(base: Path, origin: dict, source: Source) -> FoundCache:
     return FoundCache(None, problem) if problem else FoundCache(meta)
 
 # %% ../nbs/07c_cache.ipynb #07c-cache-012
-def remove_leftovers(base: Path) -> None:
-    "Remove what processes that are gone left of the cache at `base`, where that is allowed."
-    for left in base.parent.glob(f"{base.name}.[0-9]*.part"):
+HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node()) or "host"
+PART = re.compile(r"[\w-]+-[0-9a-f]{16}(?:\.(?P<host>[\w-]+))?\.(?P<pid>\d+)\.part")
+DAY = 24 * 3600
+
+
+def part_path(base: Path) -> Path:
+    "The temporary name under which this process writes the cache at `base`."
+    return base.with_name(f"{base.name}.{HOST}.{os.getpid()}.part")
+
+
+def is_abandoned(part: Path) -> bool:
+    """Whether the process that wrote `part` is gone.
+
+    Of another machine's process nothing is known: it counts as gone when `part` did not change for a day.
+    """
+    name, changed = PART.fullmatch(part.name), part.stat().st_mtime
+    if name["host"] not in (None, HOST):
+        return time.time() - changed > DAY
+    try:  # a process that is younger than the file has only inherited the number
+        return psutil.Process(int(name["pid"])).create_time() > changed + 5
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+def remove_leftovers(folder: Path) -> None:
+    "Remove what processes that are gone left in the cache folder `folder`, where that is allowed."
+    for part in folder.glob("*.part"):
         try:
-            if not psutil.pid_exists(int(left.name.split(".")[-2])):
-                left.unlink()
-        except (OSError, ValueError):
+            if PART.fullmatch(part.name) and is_abandoned(part):
+                part.unlink()
+        except OSError:
             pass  # another user's, or gone by now
 
 
@@ -184,8 +213,8 @@ def flush(file) -> None:
 def write_cache(base: Path, origin: dict, source: Source, on_error: str) -> dict:
     "Decode `source` into `base`.npy and .json, the array first; returns the sidecar, which vouches for it."
     base.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(base)
-    part = base.with_name(f"{base.name}.{os.getpid()}.part")
+    remove_leftovers(base.parent)
+    part = part_path(base)
     try:
         with open(part, "wb") as file:
             meta = make_sidecar(write_pixels(file, source, on_error), origin)

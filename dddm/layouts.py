@@ -62,8 +62,67 @@ def split_by_suffix(names) -> tuple[list, list]:
     return sorted(images), sorted(others)
 
 # %% ../nbs/07a_layouts.ipynb #07a-layouts-008
+MAX_ENTRIES = 20_000_000  # of an archive
+MAX_IMAGE = 2**29  # bytes of an image file in an archive, unpacked
+MAX_RATIO = 500  # of an archive's unpacked size to its own …
+ALWAYS_ALLOWED = 2**28  # … above so many bytes
+
+
+class Unpacking:
+    "What an archive unpacks to, added up entry by entry; `ValueError` as soon as it is too much."
+
+    def __init__(self, path: Path):
+        self.path, self.entries, self.bytes = path, 0, 0
+        self.allowed = max(ALWAYS_ALLOWED, MAX_RATIO * path.stat().st_size)
+
+    def refuse(self, reason: str):
+        advice = "unpack it yourself and give the folder, if that is meant"
+        raise ValueError(f"{self.path} {reason}; such an archive is not opened: {advice}")
+
+    def check_entries(self, entries: int):
+        if entries > MAX_ENTRIES:
+            self.refuse(f"has more than {MAX_ENTRIES:,} entries")
+
+    def check_bytes(self, size: int):
+        if size > self.allowed:
+            self.refuse(f"unpacks to more than {self.allowed:,} bytes, over {MAX_RATIO} times its size")
+
+    def add(self, name: str, size: int):
+        "Count an entry of `size` bytes, and a block of 512 for what describes it."
+        self.entries, self.bytes = self.entries + 1, self.bytes + max(size, 0) + tarfile.BLOCKSIZE
+        if size > MAX_IMAGE and name.lower().endswith(SUFFIXES):
+            self.refuse(f"has an image file of {size:,} bytes, {name}")
+        self.check_entries(self.entries)
+        self.check_bytes(self.bytes)
+
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-010
+def zip_entries(path: Path) -> int:
+    "How many entries a zip archive says that it has, by its last bytes; 0 where they do not tell."
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16 - 100))
+        tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    if not 0 <= end <= len(tail) - 22:
+        return 0
+    (entries,) = struct.unpack_from("<H", tail, end + 10)
+    end64 = tail.rfind(b"PK\6\6", 0, end)  # of archives with more than 65,534 entries
+    if entries == 0xFFFF and 0 <= end64 <= len(tail) - 40:
+        (entries,) = struct.unpack_from("<Q", tail, end64 + 32)
+    return entries
+
+
+def check_zip(path: Path, archive: zipfile.ZipFile) -> None:
+    "Raise `ValueError` for a zip archive that unpacks to too much."
+    unpacking = Unpacking(path)
+    for entry in archive.infolist():
+        unpacking.add(entry.filename, entry.file_size)
+    if sum(entry.compress_size for entry in archive.infolist()) > path.stat().st_size:
+        unpacking.refuse("has entries that overlap")
+
+
 def list_zip(path: Path) -> Files:
-    "The images in a zip archive; `ValueError` where it is not one or was cut short."
+    "The images in a zip archive; `ValueError` where it is not one, was cut short or unpacks to too much."
+    Unpacking(path).check_entries(zip_entries(path))
     try:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as e:
@@ -71,6 +130,7 @@ def list_zip(path: Path) -> Files:
             f"{path} is not a readable zip archive ({e}); it may have been cut short: "
             "copy or download it again"
         ) from None
+    check_zip(path, archive)
     members = archive.namelist()
     windows = not any("/" in m for m in members)
     names = [(m.replace("\\", "/") if windows else m).removeprefix("./") for m in members]
@@ -84,7 +144,7 @@ def list_zip(path: Path) -> Files:
     folders = [n.rstrip("/") for n in names if n.endswith("/") and is_visible(n)]
     return Files(images, folders, read, file_stamp(path), others)
 
-# %% ../nbs/07a_layouts.ipynb #07a-layouts-010
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-012
 def open_unpacked(path: Path):
     "The file at `path`, open; where gzip, bzip2 or xz packed it, a temporary file with its content."
     with open(path, "rb") as file:
@@ -118,8 +178,20 @@ class TarReader:
             self.file.close()
 
 
+class OversizedHeader(Exception):
+    "What describes an entry of a tar archive is larger than any description."
+
+
 class StrictTarInfo(tarfile.TarInfo):
     "Entries of an archive whose list must end as it should; `tarfile` alone takes damage for the end."
+
+    @classmethod
+    def frombuf(cls, *args):
+        entry = super().frombuf(*args)
+        headers = "LKxgX"  # long names and other headers, which `tarfile` reads into memory
+        if entry.type.decode("latin1") in headers and entry.size > 2**20:
+            raise OversizedHeader(f"a header in it has {entry.size:,} bytes")
+        return entry
 
     @classmethod
     def fromtarfile(cls, tar):
@@ -132,11 +204,16 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def list_tar(path: Path) -> Files:
-    "The images in a tar archive, compressed or not; `ValueError` where it is not one or was cut short."
-    places, folders = {}, []
+    """The images in a tar archive, compressed or not.
+
+    Raises `ValueError` where it is not one, was cut short or unpacks to too much.
+    """
+    places, folders, unpacking = {}, [], Unpacking(path)
     try:
         with tarfile.open(path, tarinfo=StrictTarInfo) as tar:
             for entry in tar:
+                tar.members.clear()  # of millions they would fill the memory
+                unpacking.add(entry.name, entry.size)
                 name, link = entry.name.removeprefix("./"), entry.linkname.removeprefix("./")
                 if entry.isdir() and is_visible(name):
                     folders.append(name)
@@ -144,9 +221,9 @@ def list_tar(path: Path) -> Files:
                     places[name] = entry.offset_data, entry.size
                 if entry.islnk() and link in places:
                     places[name] = places[link]
-            while tar.fileobj.read(2**20):
-                pass  # to its end, where a packed file has a checksum
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
+            while tar.fileobj.read(2**20):  # to its end, where a packed file has a checksum
+                unpacking.check_bytes(tar.fileobj.tell())
+    except (tarfile.TarError, OversizedHeader, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
         reason = str(e).split("\n")[0]
         raise ValueError(
             f"{path} is not a readable tar archive ({reason}); it may have been cut short: "
@@ -155,7 +232,7 @@ def list_tar(path: Path) -> Files:
     images, others = split_by_suffix(places)
     return Files(images, folders, TarReader(path, places), file_stamp(path), others)
 
-# %% ../nbs/07a_layouts.ipynb #07a-layouts-012
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-014
 def walk_folders(path: Path, unreadable: list) -> Iterator[tuple[str, list]]:
     """Yield (folder, its file names) for `path` and below, links followed.
 
@@ -212,7 +289,7 @@ def list_folder(path: Path) -> Files:
 
     return Files(names, folders, read, stamp, others, unreadable)
 
-# %% ../nbs/07a_layouts.ipynb #07a-layouts-014
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-016
 TRAIN = ("train", "training", "trainset")
 HELD_OUT = tuple("test testing testset val valid validation valset dev eval evaluation holdout".split())
 GENERIC_WORDS = set("set data dataset images image img imgs split".split())  # beside the word that tells
@@ -226,7 +303,7 @@ def split_kinds(folders: list) -> list:
     kinds = {word: "train" for word in TRAIN} | {word: "held out" for word in HELD_OUT}
     return [kinds.get("".join(w - shared)) if len(w - shared) == 1 else None for w in words]
 
-# %% ../nbs/07a_layouts.ipynb #07a-layouts-017
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-019
 class Layout(NamedTuple):
     "How the files under a path are understood."
 
@@ -238,7 +315,7 @@ class Layout(NamedTuple):
     class_doubts: list = []  # about which classes are meant
     no_classes: str = NO_FOLDERS  # why there are no classes, said to a caller who insists on them
 
-# %% ../nbs/07a_layouts.ipynb #07a-layouts-018
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-020
 def in_words(names, most: int = 4) -> str:
     "The first of `names` as a list in words."
     names = sorted(names)
@@ -269,7 +346,7 @@ def first_difference(names: list) -> Level:
     at_level = sorted({path[depth] for path in folders.values() if len(path) > depth})
     return Level(paths, shared, at_level, [name for name, path in zip(names, paths) if len(path) <= depth])
 
-# %% ../nbs/07a_layouts.ipynb #07a-layouts-020
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-022
 def training_split(names: list, folders: list, level: Level, kinds: list) -> Layout:
     "The layout of the training split among the folders of `level`; `ValueError` where that is not clear."
     training = [folder for folder, kind in zip(level.folders, kinds) if kind == "train"]
@@ -286,7 +363,7 @@ def training_split(names: list, folders: list, level: Level, kinds: list) -> Lay
     note = f"split: {training[0]} ({counts[training[0]]:,} images) is used; left out: {rest}"
     return inner._replace(notes=[note, *inner.notes])
 
-# %% ../nbs/07a_layouts.ipynb #07a-layouts-022
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-024
 def split_doubts(level: Level) -> list:
     "What speaks for taking the folders of `level` for splits, although they are taken for classes."
     inner, depth = defaultdict(set), len(level.shared)
@@ -321,7 +398,7 @@ def folder_classes(names: list, folders: list, level: Level) -> Layout:
     classes = [path[depth] for path in level.paths]
     return Layout(names, classes, empty, [], split_doubts(level), class_doubts)
 
-# %% ../nbs/07a_layouts.ipynb #07a-layouts-023
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-025
 def find_classes(names: list, folders: list) -> Layout:
     """Tell which level of folders is the classes, as a `Layout`.
 
@@ -348,7 +425,7 @@ def find_classes(names: list, folders: list) -> Layout:
         )
     return folder_classes(names, folders, level)
 
-# %% ../nbs/07a_layouts.ipynb #07a-layouts-026
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-028
 class LabelTable(NamedTuple):
     "EDM's label table."
 
@@ -399,7 +476,7 @@ def table_layout(files: Files) -> Layout | None:
         return unlabelled(files.names, problem)
     return Layout(files.names, [table.labels[n] for n in files.names], notes=[f"labels from {LABEL_TABLE}"])
 
-# %% ../nbs/07a_layouts.ipynb #07a-layouts-028
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-030
 # fmt: off
 MAGIC = {
     b"\x89PNG\r\n\x1a\n": "PNG image", b"\xff\xd8\xff": "JPEG image", b"GIF8": "GIF image",
@@ -443,7 +520,7 @@ def describe_others(files: Files) -> OtherFiles:
             images.append(f"files of {suffix} such as {names[0]} hold a {kind} but are not named like it")
     return OtherFiles(counts, "; ".join(images))
 
-# %% ../nbs/07a_layouts.ipynb #07a-layouts-030
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-032
 def image_layout(path: Path, files: Files, on_error: str) -> Layout:
     "How the images under `path` are understood; `ValueError` where it is not clear which are meant."
     others = describe_others(files)

@@ -36,7 +36,7 @@ def make_folder(root, classes=("cat", "dog"), each=5):
 
 
 def make_cifar(root, per_batch=4, labels=lambda i: i % 10):
-    "torchvision's folder, five pickles of Python 2 style and the names of classes; returns pixels and labels."
+    "torchvision's folder, five pickles of Python 2 style and the class names; returns pixels and labels."
     base = root / "cifar-10-batches-py"
     base.mkdir(parents=True)
     rng, pixels, marks = np.random.default_rng(0), [], []

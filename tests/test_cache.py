@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from synthetic_sets import encoded, make_cifar, make_folder, picture, splits, written
@@ -230,6 +231,48 @@ def test_anothers_leftovers_do_not_matter(tmp_path, pixel_cache, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(load(root)) == 10
+
+
+def leftover(folder, host, pid, age, name="set-0123456789abcdef"):
+    "A `.part` file that a writer left `age` seconds ago."
+    folder.mkdir(exist_ok=True)
+    part = folder / ".".join(filter(None, (name, host, str(pid), "part")))
+    part.write_bytes(b"x")
+    os.utime(part, (time.time() - age,) * 2)
+    return part
+
+
+def test_leftovers_are_swept_and_others_files_stay(tmp_path, pixel_cache):
+    "Those of any data set, whose writers are gone; never those that a process may still be writing."
+    gone, here, me = 2**22 + 5, cache_module.HOST, os.getpid()  # no process has a number above 2**22
+    young = psutil.Process().create_time()
+    swept = [
+        leftover(pixel_cache, here, gone, 0),
+        leftover(pixel_cache, None, gone, 0),  # as an older version named them
+        leftover(pixel_cache, "elsewhere", gone, 2 * cache_module.DAY),
+        leftover(pixel_cache, here, me, time.time() - young + 60),  # written before this process began
+    ]
+    kept = [
+        leftover(pixel_cache, "elsewhere", gone + 1, 60),
+        leftover(pixel_cache, here, os.getppid(), 0),
+        leftover(pixel_cache, here, gone, 0, name="film"),  # of another program
+    ]
+    load(make_folder(tmp_path / "f", each=1))
+    assert not any(part.exists() for part in swept) and all(part.exists() for part in kept)
+
+
+def test_a_slow_writer_keeps_its_file(tmp_path, pixel_cache):
+    "A process that lives and began before its file was last changed may still be writing, however long ago."
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        part = leftover(pixel_cache, cache_module.HOST, sleeper.pid, 0)
+        load(make_folder(tmp_path / "f", each=1))
+        assert part.exists()
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    load(make_folder(tmp_path / "g", each=1))
+    assert not part.exists()
 
 
 FULL = """

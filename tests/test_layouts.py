@@ -1,14 +1,20 @@
 "What is understood of folders and archives as people have them; links, pipes, odd names, cut archives."
 
+import gzip
+import io
 import os
+import struct
+import tarfile
 import warnings
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from synthetic_sets import encoded, images, make_folder, picture, splits, table, written
 
+from dddm import layouts as layouts_module
 from dddm.data import load
 from dddm.layouts import find_classes
 
@@ -322,3 +328,110 @@ def test_archives_that_are_cut_or_damaged(tmp_path, kind):
                 assert str(path) in str(error)
             else:
                 assert {image.permute(1, 2, 0).numpy().tobytes() for image in read.pixels} <= written_pixels
+
+
+# --- archives that unpack to too much
+
+
+def zeros(kind, sizes, name="{}.png"):
+    "An archive of `kind` as bytes, with files of zeros."
+    packed = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as z:
+            for i, size in enumerate(sizes):
+                z.writestr(name.format(i), bytes(size))
+    else:
+        with tarfile.open(fileobj=packed, mode="w:" + kind.partition(".")[2]) as tar:
+            for i, size in enumerate(sizes):
+                entry = tarfile.TarInfo(name.format(i))
+                entry.size = size
+                tar.addfile(entry, io.BytesIO(bytes(size)))
+    return packed.getvalue()
+
+
+@pytest.fixture
+def low_limits(monkeypatch):
+    "Limits that small archives can exceed."
+    monkeypatch.setattr(layouts_module, "ALWAYS_ALLOWED", 10**6)
+    monkeypatch.setattr(layouts_module, "MAX_RATIO", 50)
+    monkeypatch.setattr(layouts_module, "MAX_IMAGE", 10**6)
+    monkeypatch.setattr(layouts_module, "MAX_ENTRIES", 100)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz", "tar.bz2", "tar.xz"])
+@pytest.mark.parametrize(
+    "sizes, name, said",
+    [
+        ([10**5] * 40, "{}.png", "unpacks to more than .* bytes, over 50 times its size"),
+        ([6 * 10**6], "{}.bin", "unpacks to more than .* bytes, over 50 times its size"),
+        ([2 * 10**6], "{}.png", "has an image file of 2,000,000 bytes, 0.png"),
+        ([0] * 101, "{}.png", "has more than 100 entries"),
+    ],
+    ids=["many files", "one file", "one image", "many entries"],
+)
+def test_archives_that_unpack_to_too_much(tmp_path, low_limits, monkeypatch, kind, sizes, name, said):
+    path = tmp_path / f"set.{kind}"
+    path.write_bytes(zeros(kind, sizes, name))
+    monkeypatch.setattr(layouts_module.tempfile, "TemporaryFile", None)  # nothing is unpacked
+    with pytest.raises(ValueError, match=f"set.{kind} {said}; such an archive is not opened"):
+        load(path)
+
+
+def test_a_tar_archive_with_a_long_end(tmp_path, low_limits):
+    path = tmp_path / "set.tar.gz"
+    path.write_bytes(gzip.compress(zeros("tar", [10]) + bytes(10**7)))
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        load(path)
+
+
+@pytest.mark.parametrize("kind", [b"L", b"K", b"x", b"g"])
+def test_a_tar_archive_with_a_huge_header(tmp_path, kind):
+    entry = tarfile.TarInfo("long")
+    entry.type, entry.size = kind, 3 * 2**20
+    path = tmp_path / "set.tar"
+    path.write_bytes(entry.tobuf(tarfile.GNU_FORMAT) + b"x" * entry.size + bytes(1024))
+    with pytest.raises(ValueError, match="a header in it has 3,145,728 bytes"):
+        load(path)
+
+
+def test_a_zip_archive_whose_entries_overlap(tmp_path):
+    "One packed file, listed a hundred times."
+    blob = zeros("zip", [10**5])
+    start = blob.index(b"PK\1\2")
+    entry, end = blob[start : blob.index(b"PK\5\6")], bytearray(blob[blob.index(b"PK\5\6") :])
+    struct.pack_into("<HHI", end, 8, 100, 100, 100 * len(entry))
+    listed = b"".join(entry.replace(b"0.png", b"%c.png" % (40 + i)) for i in range(100))
+    path = tmp_path / "set.zip"
+    path.write_bytes(blob[:start] + listed + end)
+    assert len(zipfile.ZipFile(path).namelist()) == 100
+    with pytest.raises(ValueError, match="set.zip has entries that overlap"):
+        load(path)
+
+
+def test_many_entries_are_refused_before_they_are_listed(tmp_path, low_limits, monkeypatch):
+    path = tmp_path / "set.zip"
+    path.write_bytes(zeros("zip", [0] * 101))
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="has more than 100 entries"):
+        patch.setattr(layouts_module.zipfile, "ZipFile", None)
+        load(path)
+    path.write_bytes(zeros("zip", [0] * 70_000))
+    assert layouts_module.zip_entries(path) == 70_000
+
+
+def test_arrays_that_unpack_to_too_much(tmp_path, low_limits):
+    np.savez_compressed(tmp_path / "s.npz", np.zeros((2000, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match="unpacks to more than"):
+        load(tmp_path / "s.npz")
+    (tmp_path / "in").mkdir()
+    for i in range(1, 11):
+        rows, labels = np.zeros((500, 12288), np.uint8), np.ones(500, int)
+        np.savez_compressed(tmp_path / "in" / f"train_data_batch_{i}.npz", data=rows, labels=labels)
+    with pytest.raises(ValueError, match="train_data_batch_1.npz unpacks to more than"):
+        load("imagenet64", tmp_path / "in")
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz", "tar.xz"])
+def test_drawings_that_pack_well_pass(tmp_path, kind):
+    "Ten thousand blank images, which pack to a hundredth of their size and less."
+    blank = encoded(Image.new("L", (64, 64)), "PPM")
+    assert len(load(written(tmp_path, {f"{i}.pgm": blank for i in range(10_000)}, kind))) == 10_000
