@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dddm.data import CIFAR10, digits
+from dddm.data import digits
 from dddm.metrics import Result, check_kind, evaluate, load_results, save_results
 from dddm.objectives import generate
 from dddm.presets import preset
+from dddm.sources import CIFAR10
 from dddm.store import encode
 from dddm.training import TrainConfig, load, train
 
