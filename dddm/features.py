@@ -62,7 +62,8 @@ class FeatureNet(nn.Module):
         "Feature maps [B, C_l, H_l, W_l] after the stem and each block, all >= 0; images of any size from 8 pixels a side."
         if x.ndim != 4 or x.shape[1] != self.shape[0] or min(x.shape[2:]) < 8 or not x.is_floating_point():
             raise ValueError(
-                f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected floats [B, {self.shape[0]}, H, W], H and W at least 8"
+                f"x has shape {tuple(x.shape)} and dtype {x.dtype}; expected floats [B, {self.shape[0]}, H, "
+                "W], H and W at least 8"
             )
         maps = [self.stem(x)]
         for stage in self.stages:
@@ -144,7 +145,8 @@ def read_weights(name: str, folder=None) -> dict:
     data = path.read_bytes()
     if (found := hashlib.sha256(data).hexdigest()) != FEATURES[name]["sha256"]:
         raise ValueError(
-            f"{path} is not the file that this version of dddm was made with (SHA-256 {found[:12]}…, expected {FEATURES[name]['sha256'][:12]}…); {cure}"
+            f"{path} is not the file that this version of dddm was made with (SHA-256 {found[:12]}…, "
+            f"expected {FEATURES[name]['sha256'][:12]}…); {cure}"
         )
     return {k: v.float() if v.is_floating_point() else v for k, v in load_bytes(data).items()}
 

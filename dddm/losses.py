@@ -114,7 +114,8 @@ def published_file(url: str, weights=None, wanted_by: str = "this", otherwise: s
             torch.hub.download_url_to_file(url, str(path))
         except OSError as err:
             raise FileNotFoundError(
-                f"{wanted_by} needs {name}: not in {path.parent}, and {url} cannot be fetched ({err}). Put the file there, "
+                f"{wanted_by} needs {name}: not in {path.parent}, and {url} cannot be fetched ({err}). Put "
+                "the file there, "
                 f"or pass its path as the option weights, or take {otherwise}"
             ) from err
     with open(path, "rb") as f:
@@ -122,7 +123,8 @@ def published_file(url: str, weights=None, wanted_by: str = "this", otherwise: s
             path.stem.split("-")[-1]
         ):
             raise ValueError(
-                f"{path} is damaged: its SHA-256 does not start as its name says. Delete it and fetch {url} again"
+                f"{path} is damaged: its SHA-256 does not start as its name says. Delete it and fetch {url} "
+                "again"
             )
     return path
 
@@ -176,7 +178,8 @@ def load_trunk(trunk: nn.Module, path: Path) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"{path} does not fit {type(trunk).__name__}: {wrong[0]} is missing or has another shape ({len(wrong)} of {len(wanted)} entries)"
+            f"{path} does not fit {type(trunk).__name__}: {wrong[0]} is missing or has another shape "
+            f"({len(wrong)} of {len(wanted)} entries)"
         )
     trunk.load_state_dict({k: state[v] for k, v in wanted.items()})
 
@@ -256,7 +259,8 @@ class PerceptualDistance(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, C, H, W] with 1 or 3 channels")
         if self.resize is None and min(x.shape[2:]) < self.least:
             raise ValueError(
-                f"images of {x.shape[2]}x{x.shape[3]} are too small for net={self.net!r}, which needs {self.least} pixels a side; pass resize=224 (or any size from {self.least})"
+                f"images of {x.shape[2]}x{x.shape[3]} are too small for net={self.net!r}, "
+                f"which needs {self.least} pixels a side; pass resize=224 (or any size from {self.least})"
             )
         with torch.autocast(x.device.type, enabled=False):
             with torch.no_grad():

@@ -96,7 +96,8 @@ def allocate(rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, 
     "The same two uint8 tensors in memory: zeros that the CPU's allocator hands out as they are touched. `MemoryError` where they cannot fit."
     if device.type == "cpu" and size > (free := psutil.virtual_memory().available):
         raise MemoryError(
-            f"the estimate store needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB of memory are free; give path= to keep it in a file, or a smaller dtype"
+            f"the estimate store needs {size / 1e9:.2f} GB and {free / 1e9:.2f} GB of memory are free; "
+            "give path= to keep it in a file, or a smaller dtype"
         )
     data = (
         torch.from_numpy(np.zeros(size, np.uint8))
@@ -194,7 +195,8 @@ def map_file(path, header: dict, size: int) -> tuple[torch.Tensor, torch.Tensor]
         )
     if path.stat().st_size != offset + size:
         raise ValueError(
-            f"path={path} is {path.stat().st_size} bytes long and should be {offset + size}: it was cut short; remove the file"
+            f"path={path} is {path.stat().st_size} bytes long and should be {offset + size}: "
+            "it was cut short; remove the file"
         )
     data = np.memmap(path, np.uint8, "r+")
     return torch.from_numpy(data[PAGE : PAGE + rows]), torch.from_numpy(data[offset:])
@@ -275,11 +277,13 @@ class EstimateStore:
             )
         if len(index) and (index.min() < 0 or index.max() >= self.n):
             raise ValueError(
-                f"index ranges over {index.min().item()}..{index.max().item()}; it must stay in 0..{self.n - 1}"
+                f"index ranges over {index.min().item()}..{index.max().item()}; "
+                f"it must stay in 0..{self.n - 1}"
             )
         if (index % self.world != self.rank).any():
             raise ValueError(
-                f"index has samples of another share; rank {self.rank} of {self.world} holds i with i % {self.world} = {self.rank}"
+                f"index has samples of another share; rank {self.rank} of {self.world} holds i with i % "
+                f"{self.world} = {self.rank}"
             )
         return index.long() // self.world
 
@@ -319,8 +323,10 @@ def write(self: EstimateStore, index: torch.Tensor, x: torch.Tensor) -> torch.Te
         if (bad := ~torch.isfinite(checked).flatten(1).all(1)).any():
             i = bad.nonzero()[0, 0].item()
             raise ValueError(
-                f"x has a value that {self.header['dtype']} cannot hold, first in sample {int(torch.as_tensor(index)[i])}: "
-                f"the largest magnitude there is {x[i].abs().max().item():g}; training has diverged, or needs another dtype"
+                f"x has a value that {self.header['dtype']} cannot hold, "
+                f"first in sample {int(torch.as_tensor(index)[i])}: "
+                f"the largest magnitude there is {x[i].abs().max().item():g}; training has diverged, "
+                "or needs another dtype"
             )
         finite = torch.ones_like(finite)
     self.rows[to_device(place, self.device)] = kept

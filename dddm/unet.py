@@ -38,7 +38,8 @@ def group_norm(channels: int, groups: int) -> GroupNorm:
     n = min(groups, channels // 4)
     if n < 1 or channels % n:
         raise ValueError(
-            f"{channels} channels do not divide into {n} groups of >= 4 channels; choose base, multipliers and "
+            f"{channels} channels do not divide into {n} groups of >= 4 channels; choose base, "
+            "multipliers and "
             f"groups={groups} so that every stage's channels do"
         )
     return GroupNorm(n, channels)
@@ -189,7 +190,8 @@ def count_heads(channels: int, head_channels: int) -> int:
     width = min(channels, head_channels)
     if channels % width or width % 4:
         raise ValueError(
-            f"head_channels={head_channels}: {channels} channels do not divide into heads of a multiple of 4 channels; choose a head_channels that divides the channels of each stage with attention"
+            f"head_channels={head_channels}: {channels} channels do not divide into heads of a multiple of "
+            "4 channels; choose a head_channels that divides the channels of each stage with attention"
         )
     return channels // width
 
@@ -300,7 +302,8 @@ def check_config(
         raise ValueError("multipliers=(): need at least one stage")
     if shape[1] % 2 ** (len(multipliers) - 1):
         raise ValueError(
-            f"shape={shape}: {shape[1]} px cannot be halved {len(multipliers) - 1} times; need a multiple of {2 ** (len(multipliers) - 1)}, or fewer multipliers"
+            f"shape={shape}: {shape[1]} px cannot be halved {len(multipliers) - 1} times; "
+            f"need a multiple of {2 ** (len(multipliers) - 1)}, or fewer multipliers"
         )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: need 0 <= dropout < 1")
@@ -335,16 +338,19 @@ def check_call(
             )
     if label is None and net.classes is not None:
         raise ValueError(
-            f"label=None, but the network is conditional: give a label in 0..{net.classes - 1} for each sample"
+            f"label=None, but the network is conditional: give a label in 0..{net.classes - 1} for each "
+            "sample"
         )
     if label is not None and net.classes is None:
         raise ValueError(
-            "a label was given, but the network is unconditional: leave label=None, or build it with classes=…"
+            "a label was given, but the network is unconditional: leave label=None, "
+            "or build it with classes=…"
         )
     if label is not None and label.device.type == "cpu" and not torch.compiler.is_compiling() and len(label):
         if label.min() < 0 or label.max() >= net.classes:
             raise ValueError(
-                f"label ranges over {label.min().item()}..{label.max().item()}; it must stay in 0..{net.classes - 1}"
+                f"label ranges over {label.min().item()}..{label.max().item()}; "
+                f"it must stay in 0..{net.classes - 1}"
             )
 
 # %% ../nbs/05_unet.ipynb #05-unet-042
