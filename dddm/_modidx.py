@@ -189,6 +189,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'dddm.losses.PixelDistance': ('losses.html#pixeldistance', 'dddm/losses.py'),
                              'dddm.losses.PixelDistance.__init__': ('losses.html#pixeldistance.__init__', 'dddm/losses.py'),
                              'dddm.losses.PixelDistance.forward': ('losses.html#pixeldistance.forward', 'dddm/losses.py'),
+                             'dddm.losses.TrunkFile': ('losses.html#trunkfile', 'dddm/losses.py'),
                              'dddm.losses.check_pair': ('losses.html#check_pair', 'dddm/losses.py'),
                              'dddm.losses.distance': ('losses.html#distance', 'dddm/losses.py'),
                              'dddm.losses.freeze': ('losses.html#freeze', 'dddm/losses.py'),

@@ -18,7 +18,8 @@ def linear_betas(T: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -
     r"""The variances of DDPM's forward steps, on a line: float64 [T+1] with `betas[0] = 0`.
 
     $\beta_t = (\beta_{min} + \frac{t-1}{T-1}(\beta_{max}-\beta_{min})) / T$ for t = 1..T.
-    A single step (T = 1) has the rate beta_max. beta_min, beta_max: noise rates per unit of continuous time t/T.
+    A single step (T = 1) has the rate beta_max.
+    beta_min, beta_max: noise rates per unit of continuous time t/T.
     Raises `ValueError` unless T >= 1 and 0 <= beta_min <= beta_max < T.
     """
     for name, v in (("T", T), ("beta_min", beta_min), ("beta_max", beta_max)):
@@ -78,9 +79,9 @@ class VPSchedule:
         return t.long()
 
     def tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for every t, [T+1], typed like `like`, on its device.
+        r"""$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for every t, both [T+1].
 
-        Made once for each dtype and device.
+        Both have `like`'s dtype and are on its device; they are made once for each dtype and device.
         """
         key = str(like.device), like.dtype
         if key not in self._tables:
