@@ -402,8 +402,8 @@ class UNet(nn.Module):
     head_channels: width of an attention head. groups: at most so many in a normalisation.
 
     Fresh weights give F = 0, so $f_\theta = x_t$. The arguments are kept in `config`: `UNet(**net.config)` is
-    the same network. The attribute `recompute` (False): in training keep each block's input alone, and evaluate
-    the block again in the backward pass. Raises `ValueError` on sizes that do not fit together.
+    the same network. The attribute `recompute` (False): in training keep each block's input alone, and
+    evaluate the block again in the backward pass. Raises `ValueError` on sizes that do not fit together.
     """
 
     def __init__(
