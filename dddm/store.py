@@ -206,7 +206,7 @@ def map_file(path, header: dict, size: int) -> tuple[torch.Tensor, torch.Tensor]
 
     One file holds a page of JSON (`header`), one byte a row that says whether it was written, then the rows.
     It is sparse, so it takes disk space as rows are written.
-    Raises `ValueError` on a file with another header or length, `OSError` where the disk cannot hold all rows.
+    Raises `ValueError` on a file with another header or length, `OSError` where the disk is too small.
     """
     path, rows, about = Path(path), header["rows"], {"format": FORMAT, **header}
     offset = PAGE + -(-rows // PAGE) * PAGE
