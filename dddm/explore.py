@@ -556,7 +556,7 @@ def model_options(model, runs) -> tuple[list, object]:
 class StepExplorer(Explorer):
     """Samples of a model after 0 to `steps` steps of its own sampler, under a slider.
 
-    Algorithm 2 goes to `steps`, the other samplers to 100. runs: folders in which to look for run directories.
+    Algorithm 2 goes to `steps`, the other samplers to 100. runs: folders in which to look for runs.
     model: a `DDDM`, or what `Pretrained.from_pretrained` takes; None: the first shipped one.
     memory: most bytes that trajectories may take; those used last are kept.
     data: `Images` for the curves (None: all digits, for models of digits).

@@ -149,31 +149,33 @@ def whole_folder(path):
     """
     path = Path(path).expanduser().resolve()
     refuse_other(path)
-    part, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed process that had this number
     try:
-        for left in part, old:  # by a killed process that had this number
-            shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
         for written in (*part.iterdir(), part):
             fsync(written)
-        replace_folder(part, path, old)
+        replace_folder(part, path)
         fsync(path.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
-def replace_folder(part: Path, path: Path, old: Path) -> None:
-    "Give `part` the name `path`; what has it steps aside to `old`, and comes back where that fails."
-    if path.exists():
-        os.rename(path, old)
+def replace_folder(part: Path, path: Path) -> None:
+    "Give `part` the name `path`; what has it steps aside, comes back where that fails, and is removed last."
+    if not path.exists():
+        os.rename(part, path)
+        return
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(old, ignore_errors=True)  # left by a killed process that had this number
+    os.rename(path, old)
     try:
         os.rename(part, path)
     except OSError:
-        if old.exists():
-            os.rename(old, path)
+        os.rename(old, path)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/11a_zoo.ipynb #11a-zoo-012
 def write_model(model: "Pretrained", folder: Path) -> None:
