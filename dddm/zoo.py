@@ -210,8 +210,10 @@ def read_shipped(name: str) -> "Pretrained":
                 f"(its sha256 is {found[:12]}…, not {pinned[:12]}…)"
             )
         return read_model(folder)
-    except (FileNotFoundError, ValueError) as e:
-        raise type(e)(f"{e}: install dddm again") from e
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{e}: install dddm again") from e
+    except ValueError as e:
+        raise ValueError(f"{e}: install dddm again") from e
 
 # %% ../nbs/11a_zoo.ipynb #11a-zoo-017
 def read_folder(folder: Path) -> "Pretrained":
@@ -238,9 +240,10 @@ def download(repository: str, **hub) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=[CONFIG, TENSORS], **hub))
     except OSError as e:
+        why = str(e).strip().split("\n")[0] or type(e).__name__
         raise FileNotFoundError(
-            f"{repository} is neither a folder here nor a shipped model, and the Hugging Face Hub does not "
-            f"give it ({str(e).strip().splitlines()[0]})"
+            f"{repository} is neither a folder here nor a shipped model, "
+            f"and the Hugging Face Hub does not give it ({why})"
         ) from e
 
 # %% ../nbs/11a_zoo.ipynb #11a-zoo-018
@@ -262,7 +265,7 @@ class Pretrained(DDDM, ModelHubMixin):
 
         source: a name in `SHIPPED`, the folder of an exported model, a run's directory (its averaged
         weights), or "user/name" on the Hugging Face Hub.
-        hub: `revision`, `token` and what else `snapshot_download` takes.
+        hub: for the Hub alone, `revision`, `token` and what else `snapshot_download` takes.
         Raises `FileNotFoundError` or `ValueError` that names the file and says what is wrong with it.
         """
         if source in SHIPPED:
