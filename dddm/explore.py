@@ -37,9 +37,10 @@ from safetensors.torch import load_file, save
 from . import training
 from .checks import check_count, refuse_unknown
 from .data import KNOWN, Images, digits
+from .extractors import extract, load_extractor, reference_features
 from .features import FEATURES, trunk
 from .losses import distance, pseudo
-from .metrics import extract, load_extractor, measure, nearest, reference_features
+from .metrics import measure, nearest
 from .model import DDDM
 from .objectives import SAMPLERS, generate
 from .sampling import class_labels, draws, grid, iterate

@@ -17,10 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dddm.data import CIFAR10, digits
-from dddm.metrics import Result, check_kind, evaluate, load_results, save_results
+from dddm.metrics import Result, check_kind, evaluate
 from dddm.objectives import generate
 from dddm.presets import preset
 from dddm.store import encode
+from dddm.tables import load_results, save_results
 from dddm.training import TrainConfig, load, train
 
 SMALL = dict(epochs=1, batch=600, net=dict(base=16, attention=[], estimate=[4]), sample_every=0, device="cpu")

@@ -19,40 +19,35 @@ from torch import nn
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from dddm import metrics
+from dddm import extractors, metrics
 from dddm.data import Images, digits
+from dddm.extractors import (
+    Collector,
+    extract,
+    load_extractor,
+    pictures,
+    reference_features,
+    statistics,
+    to_bytes,
+)
 from dddm.features import network
 from dddm.metrics import (
-    PAPER,
-    TABLE_1,
-    TABLE_2,
-    Collector,
     Result,
-    beside_paper,
     bias_constant,
     check_kind,
     confident,
     evaluate,
-    extract,
     frechet,
     frechet_bias,
     inception_score,
-    load_extractor,
-    load_results,
     mean_shift,
-    mean_std,
     measure,
     memorisation,
     nearest,
     pairwise_distance,
-    pictures,
     precision_recall,
-    reference_features,
-    save_results,
-    statistics,
-    table,
-    to_bytes,
 )
+from dddm.tables import PAPER, TABLE_1, TABLE_2, beside_paper, load_results, mean_std, save_results, table
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +101,7 @@ def test_statistics_are_torch_fidelitys(n, D):
     f = torch.rand(n, D, generator=torch.Generator().manual_seed(0))
     ours, theirs = statistics(f), fid_features_to_statistics(f)
     assert ours["mu"].dtype == theirs["mu"].dtype and (ours["mu"] == theirs["mu"]).all()
-    if n <= metrics.ROWS:
+    if n <= extractors.ROWS:
         assert (ours["sigma"] == theirs["sigma"]).all()
     np.testing.assert_allclose(ours["sigma"], theirs["sigma"], atol=1e-14)
 
@@ -321,9 +316,9 @@ def test_weights_that_do_not_fit(tmp_path, random_inception):
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="does not fit inception"):
         load_extractor("inception", tmp_path / "other.pth")
-    (tmp_path / metrics.INCEPTION).write_bytes(b"half a download")
+    (tmp_path / extractors.INCEPTION).write_bytes(b"half a download")
     with pytest.raises(ValueError, match="damaged: its SHA-256"):
-        load_extractor("inception", tmp_path / metrics.INCEPTION)
+        load_extractor("inception", tmp_path / extractors.INCEPTION)
     with pytest.raises(ValueError, match="weights= goes with"):
         load_extractor("digits", tmp_path / "other.pth")
     with pytest.raises(ValueError, match="'lenet' is unknown"):
@@ -700,17 +695,17 @@ def test_measured_numbers_share_a_line_with_the_papers_only_where_they_are_of_it
 
 MEMORY = """
 import resource, sys, torch
-from dddm import metrics
+from dddm import metrics, extractors
 torch.set_num_threads(1)
 n, D = int(sys.argv[1]), int(sys.argv[2])
 class Wide(torch.nn.Module):
     def __init__(self): super().__init__(); self.register_buffer("w", torch.randn(192, D, generator=torch.Generator().manual_seed(0)) / 14)
     def forward(self, x): return (x.flatten(1) @ self.w).relu()
-wide = metrics.load_extractor(Wide(), device="cpu")
+wide = extractors.load_extractor(Wide(), device="cpu")
 def draw(first): return lambda start, count: torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(first + start))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 start = peak()
-metrics.evaluate(draw(10**6), metrics.extract(draw(0), wide, n, batch_size=500, progress=False), wide, "fd", n=n, batch_size=500, progress=False)
+metrics.evaluate(draw(10**6), extractors.extract(draw(0), wide, n, batch_size=500, progress=False), wide, "fd", n=n, batch_size=500, progress=False)
 print(start, peak())
 """
 
