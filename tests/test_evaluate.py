@@ -300,8 +300,8 @@ def test_results_tables(results_script, tmp_path):
     save_results(tmp_path / "evaluate-a.json", runs, **about)
     text = results_script["section"](tmp_path / "evaluate-a.json")
     assert (
-        "| 1 | 11.0 ± 1.4 |" in text
-        and "| noise | 99.0 |" in text
+        "| 1 | 11 [10, 12] |" in text
+        and "| noise | 99 |" in text
         and "| real images, expected | 2 |" in text
         and "n = 50 against the 100 images of digits" in text
     )
