@@ -19,7 +19,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from dddm import data, metrics, objectives, presets, training
+from dddm import data, extractors, metrics, objectives, presets, training
 from dddm.losses import distance
 from dddm.sampling import sample
 from dddm.schedule import VPSchedule
@@ -615,7 +615,7 @@ def test_features_and_scores(few_digits):
     )
     wanted = measure()
     with cuda_twin() as record:
-        assert metrics.load_extractor("digits").device.type == "cuda"
+        assert extractors.load_extractor("digits").device.type == "cuda"
         found = measure()
         assert record.transfers
     assert {k: v.value for k, v in found.items()} == pytest.approx(
@@ -627,9 +627,9 @@ def test_inception_on_the_device(random_inception):
     x = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the weights are not the published ones
-        wanted = metrics.load_extractor("inception", weights=random_inception, device="cpu")(x)
+        wanted = extractors.load_extractor("inception", weights=random_inception, device="cpu")(x)
         with cuda_twin():
-            extractor = metrics.load_extractor("inception", weights=random_inception)
+            extractor = extractors.load_extractor("inception", weights=random_inception)
             assert extractor.device.type == "cuda"
             found = extractor(x)
     for a, b in zip(found, wanted, strict=True):

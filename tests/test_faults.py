@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dddm import metrics, training
+from dddm import extractors, tables, training
 from dddm.store import PAGE, EstimateStore, read_page
 from dddm.training import TrainConfig, history, train
 
@@ -196,13 +196,13 @@ def test_a_damaged_manifest_gives_way_to_the_checkpoint_before(tmp_path):
 def test_damaged_features_and_results_are_named(tmp_path):
     tensor, path = torch.zeros(1), tmp_path / "f.safetensors"
     for about in ({}, {"identity": "{"}, {"identity": "[]"}, {"identity": "{}"}):
-        save_file({"mu": tensor}, path, {"format": metrics.FORMAT, **about})
-        found, why = metrics.read_features(path, {})
+        save_file({"mu": tensor}, path, {"format": extractors.FORMAT, **about})
+        found, why = extractors.read_features(path, {})
         assert found is None and why
     for runs in ([], {"a": {"fd": {}}}, {"a": 3}, None):
         (tmp_path / "r.json").write_text(json.dumps({"format": "dddm-results-1", "runs": runs, "about": {}}))
         with pytest.raises(ValueError, match="r.json"):
-            metrics.load_results(tmp_path / "r.json")
+            tables.load_results(tmp_path / "r.json")
 
 
 # --- writers: a name means a finished file ---

@@ -46,7 +46,7 @@ def test_a_shipped_model_opens_and_samples_without_widgets_and_figures():
 
 def test_metrics_bring_torch_fidelity_where_it_is_asked():
     found = imported(
-        "from dddm.metrics import load_extractor, precision_recall",
+        "from dddm.metrics import precision_recall; from dddm.extractors import load_extractor",
         "import torch\nprecision_recall(torch.rand(9, 2), torch.rand(8, 2))",
         "load_extractor('digits')",
     )

@@ -79,14 +79,14 @@ def test_train_refuses_before_any_work(root, tmp_path, parameters, message):
 
 
 @pytest.mark.parametrize(
-    "notebook", ["10b_extractors", "ablate", "classifiers", "compare", "evaluate", "train"]
+    "notebook", ["10c_trust", "ablate", "benchmark", "classifiers", "compare", "evaluate", "train"]
 )
 def test_parameters_are_checked_once_and_their_cell_may_run_again(root, notebook):
     "Its first cells as a kernel runs them: a name that is none stops it; after the notebook has run, changed parameters do not."
     code = [
         c.source for c in nbformat.read(root / "nbs" / f"{notebook}.ipynb", 4).cells if c.cell_type == "code"
     ]
-    at = next(k for k, source in enumerate(code) if source.startswith("known = "))
+    at = next(k for k, source in enumerate(code) if source.startswith(("given.check(", "known = ")))
     with pytest.raises(ValueError, match="unknown parameter stepps; the parameters are"):
         exec("\n".join([*code[:at], "stepps = [1]", code[at]]), {})
     names = {}

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from stages import Job
 
-from dddm.metrics import evaluate, load_extractor, reference_features
+from dddm.extractors import load_extractor, reference_features
+from dddm.metrics import evaluate
 from dddm.objectives import generate
 from dddm.presets import preset
 from dddm.sampling import save_grid
