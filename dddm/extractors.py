@@ -26,8 +26,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import __version__
+from .cache import cache_folder
 from .checks import check_count
-from .data import Images, cache_folder, load
+from .data import Images, load
 from .features import FEATURES, network
 from .losses import published_file
 from .store import encode, whole_file
@@ -687,7 +688,7 @@ def reference_features(
     """`extract` for the data's side, kept on disk.
 
     That is done where the images are `Images`, a folder or a zip, and the extractor is a named one.
-    cache: the folder (None: see `data.cache_folder`; False: keep nothing).
+    cache: the folder (None: see `cache.cache_folder`; False: keep nothing).
     """
     source = images if isinstance(images, Pictures) else pictures(images, n, "reference", cache)
     logits = extractor.name != "inception"  # no metric asks for ImageNet's classes of the data

@@ -967,7 +967,7 @@ def save(run: Run) -> None:
                     done=run.done,
                     sums=sums.cpu(),
                     world=run.world,
-                    data=run.data.fingerprint,
+                    data=run.cache.fingerprint,
                     micro_batch=run.micro_batch,
                 ),
                 folder / "state.pt",
@@ -1027,7 +1027,7 @@ def restore(run: Run) -> bool:
         return False
     state = torch.load(checkpoint / "state.pt", map_location=run.device, weights_only=True)
     check_world(run, checkpoint, state["world"])
-    if state["data"] != run.data.fingerprint:
+    if state["data"] != run.cache.fingerprint:
         raise ValueError(
             f"{checkpoint} was trained on other images than these of {run.data.name} (their fingerprints differ); give the same data, or another directory"
         )
