@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from dddm import data, extractors, metrics, objectives, presets, training
 from dddm.losses import distance
-from dddm.sampling import sample
+from dddm.sampling import SAMPLERS, sample
 from dddm.schedule import VPSchedule
 from dddm.store import DTYPES, EstimateStore
 from dddm.unet import UNet
@@ -519,10 +519,9 @@ def check_samples(run) -> None:
     assert training.grid_path(run).exists()
     on_host = training.build(run.config).eval()
     on_host.load_state_dict(weights(run.ema))
-    for sampler in objectives.SAMPLERS:
+    for sampler in SAMPLERS:
         found, wanted = (
-            objectives.generate(model, sampler, n=3, steps=(2,), label=torch.arange(3), batch_size=2)[2]
-            for model in (run.ema, on_host)
+            sample(model, 3, 2, sampler, label=torch.arange(3), batch_size=2) for model in (run.ema, on_host)
         )
         assert found.device.type == "cpu"
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

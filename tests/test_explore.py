@@ -25,8 +25,8 @@ from torch import nn
 from dddm import explore, presets, training
 from dddm.data import digits
 from dddm.model import DDDM
-from dddm.objectives import from_noise
-from dddm.sampling import grid
+from dddm.pictures import grid
+from dddm.sampling import ddim
 from dddm.schedule import VPSchedule
 from dddm.zoo import Pretrained
 
@@ -91,7 +91,7 @@ def test_trajectory_of_a_known_map():
 
 @pytest.mark.parametrize("sampler", ["ddim", "renoise"])
 def test_trajectory_of_another_sampler(sampler):
-    "Each kept number of steps is a run of its own from the same noise: DDIM's are those of `from_noise`; re-noised images of a longer list are the same as those of a shorter one, and of a part of the batch."
+    "Each kept number of steps is a run of its own from the same noise: DDIM's are those of `ddim`; re-noised images of a longer list are the same as those of a shorter one, and of a part of the batch."
 
     def f(x_t, t, estimate, label):
         return (0.9 - 0.5 * t.reshape(-1, 1, 1, 1) / 1000) * x_t - 0.05 * estimate  # its F
@@ -109,7 +109,7 @@ def test_trajectory_of_another_sampler(sampler):
     if sampler == "ddim":
         for s in (1, 3, 100):
             torch.testing.assert_close(
-                t.samples(s), from_noise(model, t.x_T, s, clamp=False, x0=t.x0), rtol=1e-4, atol=1e-5
+                t.samples(s), ddim(model, t.x_T, s, clamp=False, x0=t.x0), rtol=1e-4, atol=1e-5
             )
     torch.testing.assert_close(
         explore.Trajectory(model, n=3, steps=7, dtype=torch.float32).run().samples(7), t.samples(7)[:3]
@@ -124,9 +124,9 @@ def test_trajectory_of_another_sampler(sampler):
     np.testing.assert_allclose(t.moved[np.array(t.steps[1:]) - 1], moved, rtol=1e-5)
     assert np.isnan(np.delete(t.moved, np.array(t.steps[1:]) - 1)).all()
     assert (
-        explore.Trajectory(model, n=5, sampler="fixed").sampler,
-        len(explore.Trajectory(model, n=5, sampler="fixed").moved),
-    ) == ("fixed", 1000)
+        explore.Trajectory(model, n=5, sampler="iterate").sampler,
+        len(explore.Trajectory(model, n=5, sampler="iterate").moved),
+    ) == ("iterate", 1000)
     for wrong, words in (
         (dict(steps=2000), "has T=1000 times"),
         (dict(sampler="dim"), "did you mean 'ddim'"),

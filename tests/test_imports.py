@@ -38,7 +38,7 @@ def test_a_shipped_model_opens_and_samples_without_widgets_and_figures():
     found = imported(
         "from dddm.zoo import SHIPPED, Pretrained",
         "models = [Pretrained.from_pretrained(name) for name in SHIPPED]",
-        "from dddm.objectives import generate\ngenerate(models[-1], n=2, steps=(1,), label=[0, 1])",
+        "from dddm.sampling import sample\nsample(models[-1], 2, label=[0, 1])",
         "from dddm.explore import StepExplorer\nStepExplorer(models[0], n=2, steps=1).wait()",
     )
     assert found[:3] == [[], [], []] and {"ipywidgets", "matplotlib"} <= set(found[3])

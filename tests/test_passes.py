@@ -10,7 +10,7 @@ import torch
 from cuda_twin import cuda_twin
 from test_cuda_twin import CASES, TINY, as_before, few_digits, few_images, tiny  # noqa: F401 (fixtures)
 
-from dddm import objectives, sampling, training
+from dddm import sampling, training
 from dddm.objectives import OBJECTIVES
 from dddm.presets import PRESETS, preset
 from dddm.training import TrainConfig, checkpoints, fitting_micro_batch, history, step_dtype, train
@@ -145,16 +145,16 @@ def test_weights_in_another_memory_format_are_saved(few_images, tmp_path):  # no
         assert torch.equal(loaded[name], value), name
 
 
-@pytest.mark.parametrize("sampler", objectives.SAMPLERS)
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 def test_a_sampled_batch_waits_once(sampler):
     "Five images in batches of two, at two numbers of steps: three waits, and an image that is not finite is told at the end."
     model = training.build(TrainConfig(net=ONE_BLOCK)).eval()
-    wanted = objectives.generate(model, sampler, n=5, steps=(1, 3), batch_size=2)
+    wanted = sampling.sample(model, 5, (1, 3), sampler, batch_size=2)
     with cuda_twin() as record:
         model.to("cuda")
-        objectives.generate(model, sampler, n=2, steps=(1,))  # the schedule's tables are made
+        sampling.sample(model, 2, 1, sampler)  # the schedule's tables are made
         record.reset()
-        found = objectives.generate(model, sampler, n=5, steps=(1, 3), batch_size=2)
+        found = sampling.sample(model, 5, (1, 3), sampler, batch_size=2)
         assert record.syncs.total() == 3 and {kind for kind, _ in record.syncs} == {"synchronize"}, (
             record.syncs
         )
@@ -162,7 +162,7 @@ def test_a_sampled_batch_waits_once(sampler):
             torch.testing.assert_close(found[s], wanted[s], rtol=1e-4, atol=1e-4)
         model.net.head[-1].bias.data.fill_(math.nan)
         with pytest.raises(RuntimeError, match="non-finite"):
-            objectives.generate(model, sampler, n=5, steps=(1, 3), batch_size=2)
+            sampling.sample(model, 5, (1, 3), sampler, batch_size=2)
 
 
 def test_bfloat16_samples_where_they_are_as_good():
@@ -174,7 +174,7 @@ def test_bfloat16_samples_where_they_are_as_good():
         model.net.head[-1].weight.normal_(std=30.0)
         assert sampling.sampling_dtype(model, "auto") == torch.float32
         assert sampling.sampling_dtype(model, "bfloat16") == torch.bfloat16
-        assert objectives.generate(model, n=2, steps=(1,), precision="bfloat16")[1].dtype == torch.float32
+        assert sampling.sample(model, 2, precision="bfloat16").dtype == torch.float32
     with cuda_twin(capability=(7, 5)):
         assert sampling.sampling_dtype(model.to("cuda"), "auto") == torch.float32
     with pytest.raises(ValueError, match="did you mean 'bfloat16'"):

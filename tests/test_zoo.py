@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dddm import presets, training, zoo
 from dddm.explore import StepExplorer
-from dddm.objectives import generate
+from dddm.sampling import sample
 from dddm.zoo import SHIPPED, Pretrained
 
 FILES = {"config.json", "model.safetensors", "README.md"}
@@ -171,10 +171,10 @@ def test_a_pretrained_model_answers_like_what_it_was_made_of(objective, tmp_path
     pretrained = Pretrained(model, fields)
     pretrained.save_pretrained(tmp_path / "model")
     opened = Pretrained.from_pretrained(tmp_path / "model")
-    expected = generate(model, n=2, steps=(2,), clamp=False)[2]
+    expected = sample(model, 2, 2, clamp=False)
     for other in (pretrained, opened):
         assert other.sampler == model.sampler and other.schedule.T == model.schedule.T
-        assert torch.equal(generate(other, n=2, steps=(2,), clamp=False)[2], expected)
+        assert torch.equal(sample(other, 2, 2, clamp=False), expected)
 
 
 # Whole or not at all

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from stages import Job, noise_folder, objective_loss, random_part
 
-from dddm.objectives import ESTIMATES, OBJECTIVES, estimate_of, generate, needs_store
+from dddm.objectives import ESTIMATES, OBJECTIVES, estimate_of, needs_store
 from dddm.presets import preset
 from dddm.sampling import sample
 from dddm.training import Run, build, history, load, step, train
@@ -150,8 +150,8 @@ def whole_runs():
             train(config, parts, progress=False)
         a, b = load(whole), load(parts)
         weights = [torch.cat([p.flatten() for p in m.parameters()]).detach() for m in (a, b)]
-        here = generate(copy.deepcopy(a).to(device), n=32, steps=(1, 3))
-        there = generate(a, n=32, steps=(1, 3))
+        here = sample(copy.deepcopy(a).to(device), 32, (1, 3))
+        there = sample(a, 32, (1, 3))
         losses = [record["loss"] for record in history(parts)]
         samples_differ = max(difference(here[s], there[s]) for s in here)
         found[objective] = dict(
