@@ -34,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from . import training
+from . import config, runs, training
 from .checks import check_count, refuse_unknown
 from .data import KNOWN, Images, digits
 from .features import FEATURES, trunk
@@ -51,14 +51,14 @@ FORMAT = "dddm-model-1"
 
 
 def export_model(run_directory, path, description: str, command: str) -> str:
-    """Write the averaged weights of a run to `path` (.safetensors) as float16, with its configuration (but for `training.MACHINE` and paths of yours: of a folder of images the name is left), one line on it, and the `command` that trained it.
+    """Write the averaged weights of a run to `path` (.safetensors) as float16, with its configuration (but for `config.MACHINE` and paths of yours: of a folder of images the name is left), one line on it, and the `command` that trained it.
 
-    Returns the file's sha256. The same run gives the same bytes. Raises what `training.load` raises.
+    Returns the file's sha256. The same run gives the same bytes. Raises what `runs.load` raises.
     """
-    model, run = training.load(run_directory), Path(run_directory)
+    model, run = runs.load(run_directory), Path(run_directory)
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     config = {
-        k: v for k, v in json.loads((run / "config.json").read_text()).items() if k not in training.MACHINE
+        k: v for k, v in json.loads((run / "config.json").read_text()).items() if k not in config.MACHINE
     }
     if config.get("store_path"):
         del config["store_path"]
@@ -71,7 +71,7 @@ def export_model(run_directory, path, description: str, command: str) -> str:
     content = save(half, {"dddm": json.dumps(about, sort_keys=True)})  # several entries have no fixed order
     with whole_file(path) as part:
         part.write_bytes(content)
-    return training.sha256(Path(path))
+    return runs.sha256(Path(path))
 
 
 def about_model(path) -> dict:
@@ -93,7 +93,7 @@ def about_model(path) -> dict:
 def read_model(path) -> DDDM:
     "The model in a file of `export_model`, in eval mode, float32, on the CPU."
     try:
-        model = training.build(training.TrainConfig.from_dict(about_model(path)["config"]))
+        model = config.build(config.TrainConfig.from_dict(about_model(path)["config"]))
         weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as e:
@@ -125,7 +125,7 @@ def shipped_file(name: str) -> Path:
     path = WEIGHTS / file
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: install dddm again")
-    if (found := training.sha256(path)) != pinned:
+    if (found := runs.sha256(path)) != pinned:
         raise ValueError(
             f"{path} is not the file that belongs to this version of dddm (its sha256 is {found[:12]}…, not {pinned[:12]}…): install dddm again"
         )
@@ -169,7 +169,7 @@ def open_model(source) -> tuple[DDDM, str | None]:
         )
     if not any(path.iterdir()):
         raise FileNotFoundError(f"{path} is an empty directory: train a run into it, or choose another model")
-    return training.load(path), training.read_config(path).data
+    return runs.load(path), runs.read_config(path).data
 
 # %% ../nbs/12_explore.ipynb #12-explore-014
 def log_steps(last: int = 1000, count: int = 80) -> list[int]:
@@ -235,7 +235,7 @@ class Trajectory:
         )  # 12: x_T, the estimate and the one before it, as floats
         if n * each > memory:
             raise ValueError(
-                f"{n:,} samples need {training.size_text(n * each)} and the bound is {training.size_text(memory)}: at most {int(memory // each):,} fit; ask for fewer, or raise memory="
+                f"{n:,} samples need {runs.size_text(n * each)} and the bound is {runs.size_text(memory)}: at most {int(memory // each):,} fit; ask for fewer, or raise memory="
             )
         if label is None and (classes := getattr(model.net, "classes", None)):
             label = torch.arange(n) % classes

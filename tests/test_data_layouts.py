@@ -801,7 +801,7 @@ def test_advice_names_options_that_exist():
     import inspect
     import re
 
-    from dddm.training import TrainConfig
+    from dddm.config import TrainConfig
 
     source = inspect.getsource(data_module)
     options, fields = set(inspect.signature(load).parameters), set(TrainConfig.__dataclass_fields__)

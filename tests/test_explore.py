@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dddm import explore, presets, training
+from dddm import explore, presets, runs, training
+from dddm.config import MACHINE
 from dddm.data import digits
 from dddm.model import DDDM
 from dddm.objectives import from_noise
@@ -108,15 +109,15 @@ def test_export_keeps_what_a_run_is(run, tmp_path, capsys):
     explore.main(
         [str(run), str(tmp_path / "model.safetensors"), "--description", "short", "--command", "a test"]
     )
-    assert capsys.readouterr().out.strip() == training.sha256(tmp_path / "model.safetensors")
+    assert capsys.readouterr().out.strip() == runs.sha256(tmp_path / "model.safetensors")
     about, (model, data) = (
         explore.about_model(tmp_path / "model.safetensors"),
         explore.open_model(tmp_path / "model.safetensors"),
     )
     of_the_run = json.loads((run / "config.json").read_text())
-    assert about["config"] == {k: v for k, v in of_the_run.items() if k not in training.MACHINE}
+    assert about["config"] == {k: v for k, v in of_the_run.items() if k not in MACHINE}
     assert about["description"] == "short" and data == "digits"
-    for a, b in zip(model.parameters(), training.load(run).parameters()):
+    for a, b in zip(model.parameters(), runs.load(run).parameters()):
         assert torch.equal(a, b.half().float())
     with pytest.raises(SystemExit):
         explore.main([str(tmp_path), str(tmp_path / "x.safetensors"), "--description", "", "--command", ""])
@@ -353,7 +354,7 @@ def test_runs_are_found_and_opened(run):
     assert str(run) in [value for _, value in explorer.model.options]
     explorer.model.value = str(run)
     assert torch.equal(
-        explorer.wait().trajectory.frames, explore.Trajectory(training.load(run), 2, steps=3).run().frames
+        explorer.wait().trajectory.frames, explore.Trajectory(runs.load(run), 2, steps=3).run().frames
     )
     assert explore.StepExplorer(run, n=2, steps=3, runs=()).wait().trajectory is not None
 
