@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Print the README's results tables, made from nbs/results: evaluate-*.json is what nbs/evaluate.ipynb left as results.json of named runs,
-compare-*.json what nbs/compare.ipynb and nbs/09b_reproduction.ipynb wrote.
+compare-*.json what nbs/compare.ipynb and nbs/20_reproduction.ipynb wrote.
 
 They stand in nbs/index.ipynb between pairs of comments, `<!-- results -->` and `<!-- /results -->`, `<!-- compare-digits -->` and so on. With
 --write they are put there (then .ci/readme.py carries them into README.md); with --check it says whether they are there.
@@ -95,7 +95,7 @@ def compared(name: str) -> str:
 
 
 def ring() -> str:
-    "Notebook 09b's table of the ring: mean over its repeats."
+    "Notebook 20's table of the ring: mean over its repeats."
     found = json.loads((RESULTS / "compare-2d.json").read_text())
     rows, lines = found["rows"], []
     for arm, sampler in dict.fromkeys((r["arm"], r["sampler"]) for r in rows):

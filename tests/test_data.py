@@ -242,7 +242,7 @@ def test_advice_names_options_that_exist():
     import inspect
     import re
 
-    from dddm.training import TrainConfig
+    from dddm.config import TrainConfig
 
     modules = (decoding_module, layouts_module, sources_module, cache_module, data_module)
     source = "".join(map(inspect.getsource, modules))

@@ -16,14 +16,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dddm.config import TrainConfig
 from dddm.data import digits
 from dddm.metrics import Result, check_kind, evaluate
 from dddm.objectives import generate
 from dddm.presets import preset
+from dddm.runs import load
 from dddm.sources import CIFAR10
 from dddm.store import encode
 from dddm.tables import load_results, save_results
-from dddm.training import TrainConfig, load, train
+from dddm.training import train
 
 SMALL = dict(epochs=1, batch=600, net=dict(base=16, attention=[], estimate=[4]), sample_every=0, device="cpu")
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dddm import explore, presets, training
+from dddm import explore, presets, runs, training
 from dddm.data import digits
 from dddm.model import DDDM
 from dddm.pictures import grid
@@ -270,7 +270,7 @@ def test_runs_are_found_and_opened(run):
     assert str(run) in [value for _, value in explorer.model.options]
     explorer.model.value = str(run)
     assert torch.equal(
-        explorer.wait().trajectory.frames, explore.Trajectory(training.load(run), 2, steps=3).run().frames
+        explorer.wait().trajectory.frames, explore.Trajectory(runs.load(run), 2, steps=3).run().frames
     )
     assert explore.StepExplorer(run, n=2, steps=3, runs=()).wait().trajectory is not None
 

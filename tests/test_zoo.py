@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dddm import presets, training, zoo
+from dddm import config, presets, runs, training, zoo
 from dddm.explore import StepExplorer
 from dddm.sampling import sample
 from dddm.zoo import SHIPPED, Pretrained
@@ -111,12 +111,12 @@ def test_a_damaged_or_missing_shipped_model_is_named(tmp_path, monkeypatch):
 def test_export_keeps_what_a_run_is(run, tmp_path, capsys):
     folder = tmp_path / "new" / "model"
     zoo.main([str(run), str(folder), "--description", "short", "--command", "a test"])
-    assert capsys.readouterr().out.strip() == training.sha256(folder / "model.safetensors")
+    assert capsys.readouterr().out.strip() == runs.sha256(folder / "model.safetensors")
     model, of_the_run = Pretrained.from_pretrained(folder), json.loads((run / "config.json").read_text())
-    assert about(folder)["config"] == {k: v for k, v in of_the_run.items() if k not in training.MACHINE}
+    assert about(folder)["config"] == {k: v for k, v in of_the_run.items() if k not in config.MACHINE}
     assert (model.description, model.command, model.config.data) == ("short", "a test", "digits")
     assert set(content(folder)) == FILES and "# short\n" in (folder / "README.md").read_text()
-    exact = training.load(run)
+    exact = runs.load(run)
     for a, b in zip(model.parameters(), exact.parameters(), strict=True):
         assert torch.equal(a, b.half().float())
     for a, b in zip(Pretrained.from_pretrained(run).parameters(), exact.parameters(), strict=True):
@@ -164,7 +164,7 @@ def test_export_keeps_no_path(tmp_path):
 def test_a_pretrained_model_answers_like_what_it_was_made_of(objective, tmp_path):
     "Also where the network is scaled to the boundary, or sees zeros in place of the estimate."
     fields = config(objective=objective)
-    model = training.build(fields).eval()
+    model = config.build(fields).eval()
     for p in model.parameters():
         p.data = p.data.half().float() + 1e-2  # zero layers, too, have an effect
         p.data = p.data.half().float()

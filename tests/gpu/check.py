@@ -12,8 +12,9 @@ from stages import Job, noise_folder, objective_loss, random_part
 
 from dddm.objectives import ESTIMATES, OBJECTIVES, estimate_of, needs_store
 from dddm.presets import preset
+from dddm.runs import history, load
 from dddm.sampling import sample
-from dddm.training import Run, build, history, load, step, train
+from dddm.training import start_run, step, train
 
 job = Job(__doc__)
 cuda, device = job.cuda, job.device
@@ -35,7 +36,7 @@ def large(**changes):
 def open_run(config):
     "A run in a new directory, after the epoch that fills its store."
     torch._dynamo.reset()  # a second micro-batch would make sizes symbolic
-    run = Run(config, Path(tempfile.mkdtemp()) / "run")
+    run = start_run(config, Path(tempfile.mkdtemp()) / "run")
     steps = 1 + (run.steps_per_epoch if needs_store(config.objective, config.estimate) else 1)
     for _ in range(steps):
         step(run)
@@ -220,7 +221,7 @@ def compiled():
 def choices():
     "What a run decides by itself: micro-batch, compiled passes, number format."
     torch._dynamo.reset()
-    run = Run(large(), Path(tempfile.mkdtemp()) / "run")
+    run = start_run(large(), Path(tempfile.mkdtemp()) / "run")
     return dict(micro_batch=run.micro_batch, compiled=run.compiled, dtype=str(run.dtype))
 
 

@@ -11,7 +11,7 @@ from stages import Job
 from dddm.pictures import save_grid
 from dddm.presets import preset
 from dddm.sampling import draws, sample
-from dddm.training import Run, step
+from dddm.training import step
 
 ARMS = {  # name: fields that differ; other networks belong here, too
     "store": dict(estimate="store"),
@@ -60,7 +60,7 @@ def errors(run, n=512):
 
 def open_arm(name):
     "A run of the arm, after the steps that fill its store and compile its network."
-    run = Run(configuration(**ARMS[name]), Path(tempfile.mkdtemp()) / name)
+    run = start_run(configuration(**ARMS[name]), Path(tempfile.mkdtemp()) / name)
     for _ in range(3):
         step(run)
     return run

@@ -14,12 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from stages import Job
 
+from dddm.config import build
 from dddm.extractors import load_extractor, reference_features
 from dddm.metrics import evaluate
 from dddm.pictures import save_grid
 from dddm.presets import preset
 from dddm.sampling import sample
-from dddm.training import Run, build, step
+from dddm.training import step
 
 FILES, LARGEST = 3, 16 * 2**20  # weights come back in so many files, each smaller than this
 NET = dict(base=96, blocks=2, dropout=0.1)  # 22.7 M parameters
@@ -88,7 +89,7 @@ def read_weights(folder):
 def open_run():
     "(The run, the share of training done before), compiled on a GPU where that works."
     for compile in (True, False) if cuda else (False,):
-        run = Run(configuration(compile), Path(tempfile.mkdtemp()) / "run")
+        run = start_run(configuration(compile), Path(tempfile.mkdtemp()) / "run")
         before = 0.0
         if job.options.weights:
             state, before = read_weights(job.options.weights)
