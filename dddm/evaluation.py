@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from . import __version__
 from .checks import refuse_unknown
+from .config import TrainConfig
 from .data import KNOWN, Images
 from dddm.extractors import (
     LIBRARY,
@@ -38,10 +39,11 @@ from dddm.extractors import (
 from .features import FEATURES
 from .metrics import Memorisation, Result, frechet, measure, memorisation, precision_recall
 from .objectives import RENOISE_STREAM, SAMPLERS, from_noise
+from .passes import load_images
+from .runs import load, newest_checkpoint
 from .sampling import draws, iterate, number_format, sampling_dtype
 from .store import decode, encode, seeded_normal, to_device, whole_file
 from .tables import PAPER, Measurement, beside_paper, load_results, mean_range, save_results, table
-from .training import TrainConfig, load, load_images, newest_checkpoint
 
 # %% ../nbs/11b_evaluation.ipynb #11b-evaluation-006
 class Subject(NamedTuple):

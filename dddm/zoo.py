@@ -21,9 +21,10 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 import dddm
+from .config import MACHINE, TrainConfig, build
 from .data import KNOWN
 from .model import DDDM
-from .training import MACHINE, TrainConfig, build, fsync, load, read_config
+from .runs import fsync, load, read_config
 
 # %% ../nbs/11a_zoo.ipynb #11a-zoo-005
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
@@ -115,11 +116,11 @@ A few-step diffusion model of the library `dddm`, an educational reproduction of
 | weights | {parameters:,} numbers, rounded to float16 |
 
 ```python
-from dddm.objectives import generate
+from dddm.sampling import sample
 from dddm.zoo import Pretrained
 
 model = Pretrained.from_pretrained("PATH")  # this folder, or its name on the Hugging Face Hub
-images = generate(model, n={n}, steps=(5,){label})[5]  # {[n, *config.shape]}
+images = sample(model, {n}, steps=5{label})  # {[n, *config.shape]}
 ```
 
 `config.json` holds the whole configuration, and the sha256 of `model.safetensors`.
