@@ -10,20 +10,14 @@ import json
 import pathlib
 import sys
 
-from dddm.metrics import check_kind, load_results, markdown, mean_std
+from dddm.metrics import check_kind
+from dddm.tables import load_results, markdown, mean_range
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = (1, 2, 5, 20, 100, 1000)
 COLUMNS = ("precision", "recall", "diversity", "mean shift", "confident", "copies")
 RESULTS = ROOT / "nbs" / "results"
 KEPT = {"fixed": "fixed $x_T$", "renoise": "re-noised", "ddim": "DDIM"}
-
-
-def number(results: list) -> str:
-    "Mean ± standard deviation over seeds, or the one number there is."
-    mean, std = mean_std(results) if len(results) > 1 else (results[0].value, None)
-    digits = 3 if mean < 1 else 1
-    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
 def section(path: pathlib.Path) -> str:
@@ -43,12 +37,12 @@ def section(path: pathlib.Path) -> str:
                 continue
             for c in columns:
                 check_kind(here[0][c], some[c])
-            rows.append({"steps": steps, **{c: number([r[c] for r in here]) for c in columns}})
+            rows.append({"steps": steps, **{c: mean_range([r[c] for r in here]) for c in columns}})
             seeds[steps] = len(here)
         rows.append(
             {
                 "steps": "noise",
-                **{c: number([found["noise"][c]]) if c in found["noise"] else "" for c in columns},
+                **{c: mean_range([found["noise"][c]]) if c in found["noise"] else "" for c in columns},
             }
         )
         rows.append(
@@ -69,12 +63,6 @@ def section(path: pathlib.Path) -> str:
     return "\n\n".join(parts)
 
 
-def mean_text(values: list, digits: int = 3) -> str:
-    "Mean and, over several seeds, smallest to largest."
-    mean = f"{sum(values) / len(values):.{digits}g}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}g} to {max(values):.{digits}g})"
-
-
 def compared(name: str) -> str:
     "The table of a results file of compare.ipynb: Frechet distance by arm, sampler and number of steps, with the number of seeds."
     if not (path := RESULTS / f"compare-{name}.json").exists():
@@ -93,10 +81,7 @@ def compared(name: str) -> str:
                 "arm, sampler": f"{arm}, {KEPT[sampler]}",
                 "seeds": len({r["seed"] for r in mine}),
                 **{
-                    f"{s} step{'s' * (s > 1)}": mean_text(v)
-                    + (f", {len(v)} seed{'s' * (len(v) > 1)}" if len(v) < len(sure) else "")
-                    if v
-                    else ""
+                    f"{s} step{'s' * (s > 1)}": mean_range(v, of=len(sure)) if v else ""
                     for s, v in values.items()
                 },
                 "sure, 1 step": f"{sum(sure) / len(sure):.2f}",
@@ -104,7 +89,7 @@ def compared(name: str) -> str:
         )
     return (
         f"FD-{about['extractor']} (arms of notebook `compare`, {about['epochs']} epochs of {about['reference_n']:,} images, batch {about['batch']}, n = {about['n']:,}; as many real images are expected at {about['real']['fd']:.2g}); "
-        f'mean (smallest to largest) over the seeds; "sure": share of samples with p >= 0.9, of the data {about["real"]["confident"]:.2g}:\n\n'
+        f'mean [smallest, largest] over the seeds; "sure": share of samples with p >= 0.9, of the data {about["real"]["confident"]:.2g}:\n\n'
         + markdown(lines)
     )
 
@@ -155,7 +140,7 @@ def generators() -> str:
                     if word == about["distance"]
                     else "",
                     "score": word,
-                    **{f"{s} step{'s' * (s > 1)}": number(v) for s, v in at.items() if v},
+                    **{f"{s} step{'s' * (s > 1)}": mean_range(v) for s, v in at.items() if v},
                     "real images, expected": f"{found[next(iter(about['cells']))][column].floor:.3g}",
                 }
             )

@@ -15,10 +15,12 @@ from .checks import check_finite
 
 # %% ../nbs/00_schedule.ipynb #00-schedule-006
 def linear_betas(T: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> torch.Tensor:
-    r"""DDPM's line of variances: $\beta_t = (\beta_{min} + \frac{t-1}{T-1}(\beta_{max}-\beta_{min})) / T$ for t = 1..T.
+    r"""The variances of DDPM's forward steps, on a line: float64 [T+1] with `betas[0] = 0`.
 
-    beta_min, beta_max: noise rates per unit of continuous time t/T. Returns float64 [T+1] with `betas[0] = 0`;
-    a single step (T = 1) has the rate beta_max. Raises `ValueError` unless T >= 1 and 0 <= beta_min <= beta_max < T.
+    $\beta_t = (\beta_{min} + \frac{t-1}{T-1}(\beta_{max}-\beta_{min})) / T$ for t = 1..T.
+    A single step (T = 1) has the rate beta_max.
+    beta_min, beta_max: noise rates per unit of continuous time t/T.
+    Raises `ValueError` unless T >= 1 and 0 <= beta_min <= beta_max < T.
     """
     for name, v in (("T", T), ("beta_min", beta_min), ("beta_max", beta_max)):
         if not isinstance(v, numbers.Real):
@@ -31,7 +33,8 @@ def linear_betas(T: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -
         )
     if beta_max >= T:
         raise ValueError(
-            f"beta_max={beta_max}, T={T}: need beta_max < T, because beta_T = beta_max/T must be below 1; raise T"
+            f"beta_max={beta_max}, T={T}: need beta_max < T, "
+            "because beta_T = beta_max/T must be below 1; raise T"
         )
     T = int(T)
     ramp = torch.linspace(0, 1, T, dtype=torch.float64) if T > 1 else torch.ones(1, dtype=torch.float64)
@@ -39,10 +42,11 @@ def linear_betas(T: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -
 
 # %% ../nbs/00_schedule.ipynb #00-schedule-019
 class VPSchedule:
-    r"""The discrete variance-preserving schedule of DDPM, $t \in \{0, \dots, T\}$; index 0 is clean data (paper 2.1).
+    r"""DDPM's discrete variance-preserving schedule, for t in 0..T; index 0 is clean data (paper 2.1).
 
-    `betas` ($\beta_t$, see `linear_betas`) and `alphas_bar` ($\bar\alpha_t = \prod_{s \le t} (1-\beta_s)$): float64 [T+1] on the CPU,
-    `betas[0] = 0`, `alphas_bar[0] = 1`. Raises `ValueError` unless T >= 1 and 0 <= beta_min <= beta_max < T.
+    `betas`: $\beta_t$, see `linear_betas`. `alphas_bar`: $\bar\alpha_t = \prod_{s \le t} (1-\beta_s)$.
+    Both are float64 [T+1] on the CPU, with `betas[0] = 0` and `alphas_bar[0] = 1`.
+    Raises `ValueError` unless T >= 1 and 0 <= beta_min <= beta_max < T.
     """
 
     def __init__(self, T: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0):
@@ -57,8 +61,8 @@ class VPSchedule:
     def check_t(self, t: torch.Tensor, batch: int) -> torch.Tensor:
         """Return `t` as a long tensor [batch].
 
-        Raises `ValueError` unless it is integer valued, one or `batch` long, and in 0..T (looked at on the CPU only, and
-        not in a compiled graph).
+        Raises `ValueError` unless it is integer valued, one or `batch` long, and in 0..T.
+        The range is looked at on the CPU only, and not in a compiled graph.
         """
         t = torch.as_tensor(t)
         if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
@@ -75,26 +79,30 @@ class VPSchedule:
         return t.long()
 
     def tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        r"$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for every t, [T+1], on `like`'s device and in its dtype; made once for each."
+        r"""$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for every t, both [T+1].
+
+        Both have `like`'s dtype and are on its device; they are made once for each dtype and device.
+        """
         key = str(like.device), like.dtype
         if key not in self._tables:
-            exact = (
-                self.alphas_bar.sqrt(),
-                (1 - self.alphas_bar).sqrt(),
-            )  # cast before the move: MPS has no float64
-            with torch.inference_mode(False):  # they serve training, too
+            exact = self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()
+            with torch.inference_mode(False):  # they serve training, too; cast first: MPS has no float64
                 self._tables[key] = tuple(v.to(like.dtype).to(like.device) for v in exact)
         return self._tables[key]
 
     def signal_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        r"$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for `t` [B], on `like`'s device and dtype, shaped [B, 1, …] to multiply it."
+        r"""$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ at `t` [B], shaped [B, 1, …] to multiply `like`.
+
+        Both have `like`'s dtype and are on its device.
+        """
         t = self.check_t(t, len(like)).to(like.device)
         return tuple(v[t].reshape(-1, *[1] * (like.ndim - 1)) for v in self.tables(like))
 
     def diffuse(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        r"""$x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$, a draw from $q(x_t \mid x_0)$ (paper 2.1).
+        r"""Noise the samples up to time t in one jump: a draw from $q(x_t \mid x_0)$ (paper 2.1).
 
-        x0, noise: floats [B, …] of equal shape and type; t long [B] in 0..T (or one integer). Returns x_t, shaped and typed like x0.
+        $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$, shaped and typed like x0.
+        x0, noise: floats [B, …] of equal shape and type; t long [B] in 0..T, or one integer.
         Raises `ValueError` on mismatched shapes or types, integers, t out of range, or non-finite values.
         """
         if x0.shape != noise.shape or x0.ndim == 0:

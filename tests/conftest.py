@@ -30,6 +30,13 @@ def cifar10_copy():
     return folder
 
 
+@pytest.fixture
+def pixel_cache(tmp_path, monkeypatch):
+    "A cache folder for decoded images of this test alone."
+    monkeypatch.setenv("DDDM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 class Blank(FeatureExtractorInceptionV3):
     def load_state_dict(self, state):
         pass

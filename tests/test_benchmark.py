@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dddm.config import build
+from dddm.passes import checkpoint_bytes
 from dddm.presets import preset
-from dddm.training import Run, build, checkpoint_bytes
+from dddm.training import start_run
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_operations_follow_the_passes_of_the_objective(names, name, passes):
 
 
 def test_floor_of_a_checkpoint_is_what_a_run_says(names, tmp_path):
-    run = Run(preset("digits", device="cpu"), tmp_path / "run")
+    run = start_run(preset("digits", device="cpu"), tmp_path / "run")
     weights = sum(p.numel() for p in run.model.parameters())
     found = names["floor"](run.config, weights, 1e6)
     assert found["checkpoint"] == pytest.approx(checkpoint_bytes(run), rel=0.02)

@@ -19,9 +19,9 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from dddm import data, metrics, objectives, presets, training
+from dddm import data, extractors, metrics, objectives, presets, training
 from dddm.losses import distance
-from dddm.sampling import sample
+from dddm.sampling import SAMPLERS, sample
 from dddm.schedule import VPSchedule
 from dddm.store import DTYPES, EstimateStore
 from dddm.unet import UNet
@@ -487,9 +487,9 @@ def test_the_table_names_every_objective_and_estimate():
 def test_training_on_the_device(objective, estimate, classes, few_images, tmp_path):
     usual = objectives.OBJECTIVES[objective].estimate == estimate
     fields = dict(objective=objective, estimate=None if usual else estimate, classes=classes)
-    wanted, _ = steps(training.Run(tiny(device="cpu", **fields), tmp_path / "cpu"), 3)
+    wanted, _ = steps(training.start_run(tiny(device="cpu", **fields), tmp_path / "cpu"), 3)
     with cuda_twin() as record:
-        run = training.Run(tiny(**fields), tmp_path / "cuda")
+        run = training.start_run(tiny(**fields), tmp_path / "cuda")
         assert run.device.type == "cuda" and run.data.pixels.device == CUDA
         assert all(p.device == CUDA for p in run.model.parameters())
         losses, most = steps(run, 2, record)
@@ -502,7 +502,7 @@ def test_training_on_the_device(objective, estimate, classes, few_images, tmp_pa
         assert most.total() <= MOST_SYNCS, table(most)
         if classes is None:  # what follows once for each objective and estimate
             return
-        again = training.Run(tiny(**fields), tmp_path / "cuda")
+        again = training.start_run(tiny(**fields), tmp_path / "cuda")
         assert again.resumed and again.done == 2
         assert steps(again, 1)[0] == last
         for name, value in weights(run.model).items():
@@ -516,13 +516,12 @@ def check_samples(run) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a grid that fails is a warning
         training.sample_grid(run, steps=(1, 2), n=4)
-    assert training.grid_path(run).exists()
-    on_host = training.build(run.config).eval()
+    assert runs.grid_path(run.out, run.done).exists()
+    on_host = build(run.config).eval()
     on_host.load_state_dict(weights(run.ema))
-    for sampler in objectives.SAMPLERS:
+    for sampler in SAMPLERS:
         found, wanted = (
-            objectives.generate(model, sampler, n=3, steps=(2,), label=torch.arange(3), batch_size=2)[2]
-            for model in (run.ema, on_host)
+            sample(model, 3, 2, sampler, label=torch.arange(3), batch_size=2) for model in (run.ema, on_host)
         )
         assert found.device.type == "cpu"
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
@@ -531,10 +530,12 @@ def check_samples(run) -> None:
 @pytest.mark.parametrize("objective", ["paper", "consistency"])
 def test_training_in_bfloat16(objective, few_images, tmp_path):
     wanted, _ = steps(
-        training.Run(tiny(device="cpu", objective=objective, net=TWO_STAGES), tmp_path / "cpu"), 3
+        training.start_run(tiny(device="cpu", objective=objective, net=TWO_STAGES), tmp_path / "cpu"), 3
     )
     with cuda_twin():
-        run = training.Run(tiny(objective=objective, net=TWO_STAGES, precision="bfloat16"), tmp_path / "cuda")
+        run = training.start_run(
+            tiny(objective=objective, net=TWO_STAGES, precision="bfloat16"), tmp_path / "cuda"
+        )
         seen = Counter()
         unet = next(m for m in run.model.modules() if isinstance(m, UNet))
         unet.stem.register_forward_hook(lambda module, inputs, output: seen.update([output.dtype]))
@@ -556,13 +557,13 @@ def test_a_whole_training(few_images, tmp_path):
             callback=records.append,
         )
     assert len(records) == 4 and len(list((tmp_path / "run" / "samples").iterdir())) == 2
-    assert sample(training.load(tmp_path / "run"), 2).isfinite().all()  # what it left is read without a GPU
+    assert sample(runs.load(tmp_path / "run"), 2).isfinite().all()  # what it left is read without a GPU
 
 
 def test_images_and_store_that_do_not_fit_stay_on_the_host(few_images, tmp_path):
-    wanted, _ = steps(training.Run(tiny(device="cpu"), tmp_path / "cpu"), 3)
+    wanted, _ = steps(training.start_run(tiny(device="cpu"), tmp_path / "cpu"), 3)
     with cuda_twin(free=1000):
-        run = training.Run(tiny(), tmp_path / "cuda")
+        run = training.start_run(tiny(), tmp_path / "cuda")
         assert run.data.pixels.device.type == run.store.rows.device.type == "cpu"
         assert steps(run, 3)[0] == pytest.approx(wanted, rel=1e-4)
         training.save(run)
@@ -571,10 +572,10 @@ def test_images_and_store_that_do_not_fit_stay_on_the_host(few_images, tmp_path)
 
 @pytest.mark.parametrize("dtype, path", [*((dtype, None) for dtype in DTYPES), ("float16", "rows")])
 def test_the_store_in_every_number_format(dtype, path, few_images, tmp_path):
-    cpu = training.Run(tiny(device="cpu", store_dtype=dtype), tmp_path / "cpu")
+    cpu = training.start_run(tiny(device="cpu", store_dtype=dtype), tmp_path / "cpu")
     wanted, _ = steps(cpu, 3)
     with cuda_twin():
-        run = training.Run(
+        run = training.start_run(
             tiny(store_dtype=dtype, store_path=path and str(tmp_path / path)), tmp_path / "cuda"
         )
         losses, _ = steps(run, 3)
@@ -591,9 +592,11 @@ def test_the_store_in_every_number_format(dtype, path, few_images, tmp_path):
 
 def test_a_distance_by_features(few_images, tmp_path):
     fields = dict(distance="pseudo_lpips", distance_options=dict(features="digits"))
-    wanted, _ = steps(training.Run(tiny(device="cpu", **fields), tmp_path / "cpu"), 3)
+    wanted, _ = steps(training.start_run(tiny(device="cpu", **fields), tmp_path / "cpu"), 3)
     with cuda_twin():
-        assert steps(training.Run(tiny(**fields), tmp_path / "cuda"), 3)[0] == pytest.approx(wanted, rel=1e-4)
+        assert steps(training.start_run(tiny(**fields), tmp_path / "cuda"), 3)[0] == pytest.approx(
+            wanted, rel=1e-4
+        )
 
 
 def test_lpips_on_the_device():
@@ -615,7 +618,7 @@ def test_features_and_scores(few_digits):
     )
     wanted = measure()
     with cuda_twin() as record:
-        assert metrics.load_extractor("digits").device.type == "cuda"
+        assert extractors.load_extractor("digits").device.type == "cuda"
         found = measure()
         assert record.transfers
     assert {k: v.value for k, v in found.items()} == pytest.approx(
@@ -627,9 +630,9 @@ def test_inception_on_the_device(random_inception):
     x = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the weights are not the published ones
-        wanted = metrics.load_extractor("inception", weights=random_inception, device="cpu")(x)
+        wanted = extractors.load_extractor("inception", weights=random_inception, device="cpu")(x)
         with cuda_twin():
-            extractor = metrics.load_extractor("inception", weights=random_inception)
+            extractor = extractors.load_extractor("inception", weights=random_inception)
             assert extractor.device.type == "cuda"
             found = extractor(x)
     for a, b in zip(found, wanted, strict=True):

@@ -16,12 +16,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dddm.data import CIFAR10, digits
-from dddm.metrics import Result, check_kind, evaluate, load_results, save_results
+from dddm.config import TrainConfig
+from dddm.data import digits
+from dddm.metrics import Result, check_kind, evaluate
 from dddm.objectives import generate
 from dddm.presets import preset
+from dddm.runs import load
+from dddm.sources import CIFAR10
 from dddm.store import encode
-from dddm.training import TrainConfig, load, train
+from dddm.tables import load_results, save_results
+from dddm.training import train
 
 SMALL = dict(epochs=1, batch=600, net=dict(base=16, attention=[], estimate=[4]), sample_every=0, device="cpu")
 
@@ -299,8 +303,8 @@ def test_results_tables(results_script, tmp_path):
     save_results(tmp_path / "evaluate-a.json", runs, **about)
     text = results_script["section"](tmp_path / "evaluate-a.json")
     assert (
-        "| 1 | 11.0 ± 1.4 |" in text
-        and "| noise | 99.0 |" in text
+        "| 1 | 11 [10, 12] |" in text
+        and "| noise | 99 |" in text
         and "| real images, expected | 2 |" in text
         and "n = 50 against the 100 images of digits" in text
     )

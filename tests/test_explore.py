@@ -1,4 +1,7 @@
-"The explorer's widgets: files, memory, bad input without a browser; and JupyterLab with a real one, driven through its DevTools protocol."
+"""The explorer's widgets: memory, figures, bad input without a browser; and JupyterLab with a real one.
+
+The browser is driven through its DevTools protocol.
+"""
 
 import base64
 import contextlib
@@ -19,11 +22,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dddm import explore, presets, training
+from dddm import explore, presets, runs, training
 from dddm.data import digits
 from dddm.model import DDDM
-from dddm.objectives import from_noise
+from dddm.pictures import grid
+from dddm.sampling import ddim
 from dddm.schedule import VPSchedule
+from dddm.zoo import Pretrained
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -73,108 +78,20 @@ def told(explorer):
     return explorer.message.value
 
 
-# Shipped models
-
-
-def test_shipped_files_are_the_pinned_ones():
-    assert set(explore.shipped()) == set(explore.SHIPPED)
-    total = 0
-    for name in explore.SHIPPED:
-        path = explore.shipped_file(name)
-        total += path.stat().st_size
-        about, model = explore.about_model(path), explore.shipped_model(name)
-        assert (
-            about["command"].startswith("papermill nbs/train.ipynb")
-            and about["objective"] == about["config"]["objective"]
-        )
-        assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
-    assert total < 1.5e6
-
-
-def test_a_damaged_or_missing_shipped_file_is_named(tmp_path, monkeypatch):
-    name, (file, _) = next(iter(explore.SHIPPED.items()))
-    blob = bytearray((explore.WEIGHTS / file).read_bytes())
-    blob[-1] ^= 1
-    monkeypatch.setattr(explore, "WEIGHTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="missing"):
-        explore.shipped_model(name)
-    (tmp_path / file).write_bytes(blob)
-    with pytest.raises(ValueError, match="not the file that belongs to this version"):
-        explore.shipped_model(name)
-    assert "dddm-wrong" in told(explore.StepExplorer(name, steps=2).wait())
-
-
-def test_export_keeps_what_a_run_is(run, tmp_path, capsys):
-    explore.main(
-        [str(run), str(tmp_path / "model.safetensors"), "--description", "short", "--command", "a test"]
-    )
-    assert capsys.readouterr().out.strip() == training.sha256(tmp_path / "model.safetensors")
-    about, (model, data) = (
-        explore.about_model(tmp_path / "model.safetensors"),
-        explore.open_model(tmp_path / "model.safetensors"),
-    )
-    of_the_run = json.loads((run / "config.json").read_text())
-    assert about["config"] == {k: v for k, v in of_the_run.items() if k not in training.MACHINE}
-    assert about["description"] == "short" and data == "digits"
-    for a, b in zip(model.parameters(), training.load(run).parameters()):
-        assert torch.equal(a, b.half().float())
-    with pytest.raises(SystemExit):
-        explore.main([str(tmp_path), str(tmp_path / "x.safetensors"), "--description", "", "--command", ""])
-    assert "no config.json" in capsys.readouterr().err
-
-
-def test_export_keeps_no_path(tmp_path):
-    "Of a folder of images the name is left, of the store's file nothing; and the model opens."
-    folder = tmp_path / "private" / "digits" / "a"  # a name that is also a built-in one's
-    folder.mkdir(parents=True)
-    for i in range(8):
-        Image.new("L", (8, 8), 30 * i).save(folder / f"{i}.png")
-    run = training.train(
-        presets.preset(
-            "digits",
-            data=str(folder.parent),
-            store_path=str(tmp_path / "private" / "store.bin"),
-            epochs=1,
-            batch=8,
-            net=dict(base=16, attention=[], estimate=[4]),
-            sample_every=0,
-        ),
-        tmp_path / "run",
-        progress=False,
-    )
-    explore.export_model(run, tmp_path / "model.safetensors", "short", "a test")
-    about = explore.about_model(tmp_path / "model.safetensors")
-    assert (
-        "private" not in json.dumps(about)
-        and about["config"]["data"] == "folder digits"
-        and "store_path" not in about["config"]
-    )
-    model, data = explore.open_model(tmp_path / "model.safetensors")
-    assert model.shape == (1, 8, 8) and data != "digits"
-
-
-def test_files_that_are_no_model(tmp_path):
-    (tmp_path / "text.safetensors").write_text("no")
-    with pytest.raises(ValueError, match="cannot be read as safetensors"):
-        explore.open_model(tmp_path / "text.safetensors")
-    with pytest.raises(ValueError, match="not written by explore.export_model"):
-        explore.open_model(explore.WEIGHTS / "features-digits.safetensors")
-
-
 # Trajectories
 
 
 def test_trajectory_of_a_known_map():
     t = explore.Trajectory(halving(), n=5, steps=30, dtype=torch.float32).run(batch_size=2)
-    for s in t.at:
-        torch.testing.assert_close(t.samples(s), t.first / 2**s)
-    norm = t.first.flatten(1).norm(dim=1).mean().item()
+    for s in t.steps:
+        torch.testing.assert_close(t.samples(s), t.x0 / 2**s)
+    norm = t.x0.flatten(1).norm(dim=1).mean().item()
     np.testing.assert_allclose(t.moved, [norm / 2**s for s in range(1, 31)], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "renoise"])
 def test_trajectory_of_another_sampler(sampler):
-    "Each kept number of steps is a run of its own from the same noise: DDIM's are those of `from_noise`; re-noised images of a longer list are the same as those of a shorter one, and of a part of the batch."
+    "Each kept number of steps is a run of its own from the same noise: DDIM's are those of `ddim`; re-noised images of a longer list are the same as those of a shorter one, and of a part of the batch."
 
     def f(x_t, t, estimate, label):
         return (0.9 - 0.5 * t.reshape(-1, 1, 1, 1) / 1000) * x_t - 0.05 * estimate  # its F
@@ -185,14 +102,14 @@ def test_trajectory_of_another_sampler(sampler):
     t = explore.Trajectory(model, n=5, dtype=torch.float32).run(batch_size=2)
     assert (
         t.sampler == sampler
-        and t.at == explore.log_steps(100)
+        and t.steps == explore.log_steps(100)
         and t.done == 100
         and torch.equal(t.samples(0), t.x_T)
     )
     if sampler == "ddim":
         for s in (1, 3, 100):
             torch.testing.assert_close(
-                t.samples(s), from_noise(model, t.x_T, s, clamp=False, x0=t.first), rtol=1e-4, atol=1e-5
+                t.samples(s), ddim(model, t.x_T, s, clamp=False, x0=t.x0), rtol=1e-4, atol=1e-5
             )
     torch.testing.assert_close(
         explore.Trajectory(model, n=3, steps=7, dtype=torch.float32).run().samples(7), t.samples(7)[:3]
@@ -202,14 +119,14 @@ def test_trajectory_of_another_sampler(sampler):
     )
     moved = [
         (t.samples(b) - t.samples(a)).flatten(1).norm(dim=1).mean().item()
-        for a, b in itertools.pairwise(t.at)
+        for a, b in itertools.pairwise(t.steps)
     ]
-    np.testing.assert_allclose(t.moved[np.array(t.at[1:]) - 1], moved, rtol=1e-5)
-    assert np.isnan(np.delete(t.moved, np.array(t.at[1:]) - 1)).all()
+    np.testing.assert_allclose(t.moved[np.array(t.steps[1:]) - 1], moved, rtol=1e-5)
+    assert np.isnan(np.delete(t.moved, np.array(t.steps[1:]) - 1)).all()
     assert (
-        explore.Trajectory(model, n=5, sampler="fixed").sampler,
-        len(explore.Trajectory(model, n=5, sampler="fixed").moved),
-    ) == ("fixed", 1000)
+        explore.Trajectory(model, n=5, sampler="iterate").sampler,
+        len(explore.Trajectory(model, n=5, sampler="iterate").moved),
+    ) == ("iterate", 1000)
     for wrong, words in (
         (dict(steps=2000), "has T=1000 times"),
         (dict(sampler="dim"), "did you mean 'ddim'"),
@@ -336,7 +253,7 @@ def test_a_notebook_shows_the_box_and_figures_without_pyplot():
     assert shown["text/plain"].startswith("StepExplorer: run this cell")
     assert explorer.message in explorer.box.children and explorer.image in explorer.box.children
     explorer.close()
-    with Image.open(io.BytesIO(explore.page(2, 1)._repr_png_())) as picture:
+    with Image.open(io.BytesIO(explore.new_figure(2, 1)._repr_png_())) as picture:
         assert picture.size == (160, 80)
 
 
@@ -353,7 +270,7 @@ def test_runs_are_found_and_opened(run):
     assert str(run) in [value for _, value in explorer.model.options]
     explorer.model.value = str(run)
     assert torch.equal(
-        explorer.wait().trajectory.frames, explore.Trajectory(training.load(run), 2, steps=3).run().frames
+        explorer.wait().trajectory.frames, explore.Trajectory(runs.load(run), 2, steps=3).run().frames
     )
     assert explore.StepExplorer(run, n=2, steps=3, runs=()).wait().trajectory is not None
 
@@ -453,7 +370,7 @@ def test_points_of_a_model_that_walks_down_the_schedule():
 def test_figures_are_matplotlib_figures():
     from matplotlib.figure import Figure
 
-    t = explore.Trajectory(explore.shipped_model("digits-paper"), n=66, steps=5).run()
+    t = explore.Trajectory(Pretrained.from_pretrained("digits-paper"), n=66, steps=5).run()
     figure = explore.steps_figure(t, steps=(1, 5), data=digits())
     assert isinstance(figure, Figure) and len(figure.axes) == 5 and "FD-digits" in figure.axes[-1].get_title()
     assert isinstance(explore.distance_figure(100, 0.1), Figure)
@@ -464,17 +381,17 @@ def test_figures_are_matplotlib_figures():
 def test_gif_and_strip(tmp_path):
     t = explore.Trajectory(halving(shape=(3, 8, 8)), n=3, steps=20).run()
     with Image.open(explore.save_trajectory(t, tmp_path / "new" / "a.gif", images=2)) as gif:
-        assert gif.n_frames == len(t.at) and gif.info["loop"] == 0
+        assert gif.n_frames == len(t.steps) and gif.info["loop"] == 0
         stills = []
-        for k in (0, 3, len(t.at) - 1):
+        for k in (0, 3, len(t.steps) - 1):
             gif.seek(k)
             stills.append(np.asarray(gif.convert("RGB"), dtype=int)[20:])
-    for still, k in zip(stills, (0, 3, len(t.at) - 1)):
-        assert abs(still - explore.grid(t.samples(t.at[k])[:2], 2, 6)).mean() < 12  # a GIF has 256 colours
+    for still, k in zip(stills, (0, 3, len(t.steps) - 1)):
+        assert abs(still - grid(t.samples(t.steps[k])[:2], 2, 6)).mean() < 12  # a GIF has 256 colours
     with Image.open(explore.save_trajectory(t, tmp_path / "a.png", steps=(0, 1, 20))) as strip:
         pixels = np.asarray(strip)[20:]
     x = torch.stack([t.samples(s)[i] for i in range(3) for s in (0, 1, 20)])
-    assert (pixels == explore.grid(x, 3, 6)).all()
+    assert (pixels == grid(x, 3, 6)).all()
     for wrong in (
         dict(path=tmp_path / "a.jpg"),
         dict(path=tmp_path / "b.png", steps=(21,)),
@@ -659,7 +576,7 @@ def test_slider_in_a_browser(root, tmp_path, app, path):
         root / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("[01][01]*.ipynb", "train.ipynb")
     )
     with server(app, tmp_path) as address:
-        page = Page(tmp_path / "browser", f"{address}/{path}/nbs/12_explore.ipynb?token=explore")
+        page = Page(tmp_path / "browser", f"{address}/{path}/nbs/13_explore.ipynb?token=explore")
         try:
             drive(page, tmp_path, arrows=app == "jupyterlab")
         finally:

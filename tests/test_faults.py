@@ -11,11 +11,11 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from dddm import explore, metrics, training
+from dddm import extractors, tables, training
 from dddm.store import PAGE, EstimateStore, read_page
-from dddm.training import TrainConfig, history, train
+from dddm.training import train
 
 TINY = dict(
     net=dict(base=8, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),
@@ -58,7 +58,7 @@ def stop_at(step):
 
 
 def last_rows(run):
-    return torch.load(training.newest_checkpoint(run) / "store-0.pt", weights_only=True)["rows"]
+    return torch.load(runs.newest_checkpoint(run) / "store-0.pt", weights_only=True)["rows"]
 
 
 # --- a store file belongs to one run ---
@@ -183,40 +183,28 @@ MANIFESTS = (
 
 def test_a_damaged_manifest_gives_way_to_the_checkpoint_before(tmp_path):
     run = train(tiny(epochs=1), tmp_path / "run", progress=False)
-    before, newest = training.checkpoints(run / "checkpoints")
+    before, newest = runs.checkpoints(run / "checkpoints")
     for text in MANIFESTS:
         (newest / "manifest.json").write_text(text)
         with pytest.warns(UserWarning, match="step-3 is damaged: manifest.json"):
-            assert training.newest_checkpoint(run) == before
+            assert runs.newest_checkpoint(run) == before
     with pytest.warns(UserWarning, match="damaged"):
         train(tiny(epochs=1), run, progress=False)
-    assert training.newest_checkpoint(run) == newest
-
-
-def test_a_damaged_model_file_is_named(tmp_path):
-    run = train(tiny(epochs=1), tmp_path / "run", progress=False)
-    path = tmp_path / "model.safetensors"
-    explore.export_model(run, path, "a test", "python")
-    about, tensors = explore.about_model(path), load_file(path)
-    for wrong in ([], 3, {**about, "config": None}, {**about, "description": 1}, {"format": explore.FORMAT}):
-        save_file(tensors, path, {"dddm": json.dumps(wrong)})
-        with pytest.raises(ValueError, match="model.safetensors"):
-            explore.read_model(path)
-    save_file(dict(list(tensors.items())[1:]), path, {"dddm": json.dumps(about)})
-    with pytest.raises(ValueError, match="model.safetensors is damaged"):
-        explore.read_model(path)
+    assert runs.newest_checkpoint(run) == newest
 
 
 def test_damaged_features_and_results_are_named(tmp_path):
     tensor, path = torch.zeros(1), tmp_path / "f.safetensors"
     for about in ({}, {"identity": "{"}, {"identity": "[]"}, {"identity": "{}"}):
-        save_file({"mu": tensor}, path, {"format": metrics.FORMAT, **about})
-        found, why = metrics.read_features(path, {})
+        save_file({"mu": tensor}, path, {"format": extractors.FORMAT, **about})
+        found, why = extractors.read_features(path, {})
         assert found is None and why
-    for runs in ([], {"a": {"fd": {}}}, {"a": 3}, None):
-        (tmp_path / "r.json").write_text(json.dumps({"format": "dddm-results-1", "runs": runs, "about": {}}))
+    for listed in ([], {"a": {"fd": {}}}, {"a": 3}, None):
+        (tmp_path / "r.json").write_text(
+            json.dumps({"format": "dddm-results-1", "runs": listed, "about": {}})
+        )
         with pytest.raises(ValueError, match="r.json"):
-            metrics.load_results(tmp_path / "r.json")
+            tables.load_results(tmp_path / "r.json")
 
 
 # --- writers: a name means a finished file ---
@@ -270,7 +258,7 @@ def test_a_signal_saves_and_ends_with_a_line(tmp_path, number):
     process = start(tmp_path, "run", epochs=5000, checkpoint_every=10**6)
     process.send_signal(number)
     err = process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + number and training.newest_checkpoint(tmp_path / "run")
+    assert process.returncode == 128 + number and runs.newest_checkpoint(tmp_path / "run")
     assert "Traceback" not in err and err.splitlines()[-1].startswith("dddm.training: ")
 
 
@@ -285,13 +273,13 @@ def test_refusals_on_the_command_line_are_a_line(tmp_path, capsys):
         ("other", {}, [], "holds no run"),
         ("new", dict(data=str(tmp_path / "nowhere")), [], "nowhere"),
     ]
-    before = training.checkpoints(run / "checkpoints")
+    before = runs.checkpoints(run / "checkpoints")
     for out, fields, options, words in cases:
         with pytest.raises(SystemExit) as caught:
             training.main(command(tmp_path, out, *options, **fields)[3:])
         err = capsys.readouterr().err.splitlines()
         assert caught.value.code == 2 and err[-1].startswith("dddm.training: ") and words in err[-1]
-    assert training.checkpoints(run / "checkpoints") == before
+    assert runs.checkpoints(run / "checkpoints") == before
 
 
 # --- a checkpoint that leads to a failure ---
@@ -303,7 +291,7 @@ def test_back_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch):
 
     def failing(run):
         if run.done == 7:
-            raise FloatingPointError(training.not_finite(run, "the loss is nan", 7, torch.tensor([3])))
+            raise FloatingPointError(training.not_finite_text(run, "the loss is nan", 7, torch.tensor([3])))
         return real(run)
 
     monkeypatch.setattr(training, "step", failing)
@@ -338,8 +326,8 @@ def test_an_average_that_is_still_its_random_start_is_told(tmp_path, recwarn):
     slow = train(tiny(epochs=1, ema_warmup=False), tmp_path / "slow", progress=False)
     quick = train(tiny(epochs=1), tmp_path / "quick", progress=False)
     recwarn.clear()
-    training.load(slow, ema=False)
-    training.load(quick)
+    runs.load(slow, ema=False)
+    runs.load(quick)
     assert not recwarn.list
     with pytest.warns(UserWarning, match="100% the random start.*ema=False"):
-        training.load(slow)
+        runs.load(slow)

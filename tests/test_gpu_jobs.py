@@ -24,7 +24,7 @@ def run(root, job, out, *options):
 def test_check(root, tmp_path):
     results = run(root, "check", tmp_path, "--budget", "600")
     stages = {name: kept["result"] for name, kept in results["stages"].items()}
-    assert len(stages) == 9
+    assert len(stages) == 10
     assert stages["same_as_cpu"]["out_of_tolerance"] == []
     assert all(r["weights_differ"] == r["samples_differ"] == 0 for r in stages["whole_runs"].values())
 

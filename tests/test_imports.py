@@ -30,23 +30,23 @@ def imported(*steps):
 def test_modules_bring_nothing_heavy(root):
     modules = sorted(p.stem for p in (root / "dddm").glob("*.py") if not p.stem.startswith("_"))
     found = dict(zip(modules, imported(*(f"import dddm.{m}" for m in modules))))
-    assert {"explore", "metrics", "sampling", "training"} <= set(modules)
+    assert {"explore", "metrics", "sampling", "training", "zoo"} <= set(modules)
     assert found == {m: [] for m in modules}
 
 
 def test_a_shipped_model_opens_and_samples_without_widgets_and_figures():
     found = imported(
-        "from dddm.explore import SHIPPED, open_model, shipped_model",
-        "models = [(shipped_model(name), open_model(name)) for name in SHIPPED]",
-        "from dddm.objectives import generate\ngenerate(models[-1][0], n=2, steps=(1,), label=[0, 1])",
-        "from dddm.explore import StepExplorer\nStepExplorer(models[0][0], n=2, steps=1).wait()",
+        "from dddm.zoo import SHIPPED, Pretrained",
+        "models = [Pretrained.from_pretrained(name) for name in SHIPPED]",
+        "from dddm.sampling import sample\nsample(models[-1], 2, label=[0, 1])",
+        "from dddm.explore import StepExplorer\nStepExplorer(models[0], n=2, steps=1).wait()",
     )
     assert found[:3] == [[], [], []] and {"ipywidgets", "matplotlib"} <= set(found[3])
 
 
 def test_metrics_bring_torch_fidelity_where_it_is_asked():
     found = imported(
-        "from dddm.metrics import load_extractor, precision_recall",
+        "from dddm.metrics import precision_recall; from dddm.extractors import load_extractor",
         "import torch\nprecision_recall(torch.rand(9, 2), torch.rand(8, 2))",
         "load_extractor('digits')",
     )

@@ -69,8 +69,8 @@ def test_train_trains_samples_and_measures(root, tmp_path):
         ("presset: digits", "unknown parameter presset; the parameters are preset"),
         ("preset: digit", "did you mean 'digits'"),
         ("overrides: {epoch: 3}", "did you mean 'epochs'"),
-        ("preset: cifar10-small, data: nowhere.zip", "nowhere.zip"),
-        ("data: 5", "data=5: must be a path, as text, or None (papermill: -r data 5)"),
+        ("preset: cifar10-small, data_path: nowhere.zip", "nowhere.zip"),
+        ("data_path: 5", "data_path=5: must be a path, as text, or None (papermill: -r data_path 5)"),
     ],
 )
 def test_train_refuses_before_any_work(root, tmp_path, parameters, message):
@@ -79,14 +79,14 @@ def test_train_refuses_before_any_work(root, tmp_path, parameters, message):
 
 
 @pytest.mark.parametrize(
-    "notebook", ["10b_extractors", "ablate", "classifiers", "compare", "evaluate", "train"]
+    "notebook", ["10c_trust", "ablate", "benchmark", "classifiers", "compare", "evaluate", "train"]
 )
 def test_parameters_are_checked_once_and_their_cell_may_run_again(root, notebook):
     "Its first cells as a kernel runs them: a name that is none stops it; after the notebook has run, changed parameters do not."
     code = [
         c.source for c in nbformat.read(root / "nbs" / f"{notebook}.ipynb", 4).cells if c.cell_type == "code"
     ]
-    at = next(k for k, source in enumerate(code) if source.startswith("known = "))
+    at = next(k for k, source in enumerate(code) if source.startswith(("given.check(", "known = ")))
     with pytest.raises(ValueError, match="unknown parameter stepps; the parameters are"):
         exec("\n".join([*code[:at], "stepps = [1]", code[at]]), {})
     names = {}
@@ -115,7 +115,7 @@ def test_train_on_two_processes_and_a_zip_of_class_folders(root, tmp_path):
 
 @pytest.mark.slow
 def test_train_on_the_cifar10_copy(root, tmp_path, cifar10_copy):
-    parameters = f"out: {tmp_path / 'run'}, preset: cifar10-small, data: {cifar10_copy / 'cifar10-jpeg-test.zip'}, overrides: {{epochs: 1, batch: 2500, micro_batch: 250, net: {{base: 16, estimate: [8]}}, sample_every: 0}}"
+    parameters = f"out: {tmp_path / 'run'}, preset: cifar10-small, data_path: {cifar10_copy / 'cifar10-jpeg-test.zip'}, overrides: {{epochs: 1, batch: 2500, micro_batch: 250, net: {{base: 16, estimate: [8]}}, sample_every: 0}}"
     done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", parameters)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 4

@@ -1,4 +1,4 @@
-"""What 04_losses does not show: weights on disk, every trunk against the lpips package, and independent float64 formulas."""
+"""What 04_losses does not show: weights on disk, the trunks against the lpips package, float64 formulas."""
 
 import copy
 import hashlib
@@ -346,7 +346,7 @@ def test_weights_in_torchs_own_folder(tmp_path, monkeypatch):
     torch.save(squeezenet().state_dict(), folder / "new.pth")
     digest = hashlib.sha256((folder / "new.pth").read_bytes()).hexdigest()[:8]
     path = (folder / "new.pth").rename(folder / f"squeezenet1_1-{digest}.pth")
-    monkeypatch.setitem(losses.TRUNKS, "squeeze", (path.name, 17))
+    monkeypatch.setitem(losses.TRUNKS, "squeeze", losses.TrunkFile(path.name, 17))
     x, y = pair()
     assert torch.equal(
         distance("lpips", net="squeeze")(x, y), distance("lpips", net="squeeze", weights=path)(x, y)
@@ -367,7 +367,7 @@ def test_missing_weights_stop_before_any_work(tmp_path, monkeypatch, net, name):
     with pytest.raises(FileNotFoundError) as err:
         distance(name, net=net)
     for part in (
-        losses.TRUNKS[net][0],
+        losses.TRUNKS[net].name,
         str(tmp_path),
         "https://download.pytorch.org/models/",
         "option weights",
@@ -388,7 +388,7 @@ def test_a_download_goes_where_torchvision_looks(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     name = f"squeezenet1_1-{hashlib.sha256(b'weights').hexdigest()[:8]}.pth"
-    monkeypatch.setitem(losses.TRUNKS, "squeeze", (name, 17))
+    monkeypatch.setitem(losses.TRUNKS, "squeeze", losses.TrunkFile(name, 17))
     assert trunk_file("squeeze") == trunk_file("squeeze") == tmp_path / "hub" / "checkpoints" / name
     assert asked == [f"https://download.pytorch.org/models/{name}"]
 
@@ -397,7 +397,7 @@ def test_torchvision_names_match_ours():
     from torchvision.models import AlexNet_Weights, SqueezeNet1_1_Weights, VGG16_Weights
 
     for net, w in (("vgg", VGG16_Weights), ("alex", AlexNet_Weights), ("squeeze", SqueezeNet1_1_Weights)):
-        assert w.IMAGENET1K_V1.url == f"https://download.pytorch.org/models/{losses.TRUNKS[net][0]}"
+        assert w.IMAGENET1K_V1.url == f"https://download.pytorch.org/models/{losses.TRUNKS[net].name}"
 
 
 def damaged_files(folder):

@@ -1,57 +1,39 @@
-"Metrics where a lesson cannot show them: independent arithmetic, torch-fidelity's command line, memory, files that are stale, damaged or of others."
+"Metrics: independent arithmetic, torch-fidelity's command line, memory, arguments that are refused."
 
 import hashlib
-import json
 import subprocess
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-import torchvision
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
-from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dddm import metrics
-from dddm.data import Images, digits
-from dddm.features import network
+from dddm.data import digits
+from dddm.extractors import (
+    extract,
+    load_extractor,
+    statistics,
+    to_bytes,
+)
 from dddm.metrics import (
-    PAPER,
-    TABLE_1,
-    TABLE_2,
-    Collector,
-    Result,
-    beside_paper,
     bias_constant,
-    check_kind,
     confident,
     evaluate,
-    extract,
     frechet,
     frechet_bias,
     inception_score,
-    load_extractor,
-    load_results,
     mean_shift,
-    mean_std,
-    measure,
     memorisation,
     nearest,
     pairwise_distance,
-    pictures,
     precision_recall,
-    reference_features,
-    save_results,
-    statistics,
-    table,
-    to_bytes,
 )
 
 
@@ -85,9 +67,6 @@ def folder(path, pixels):
     return path
 
 
-# arithmetic, computed independently
-
-
 @pytest.mark.parametrize("n, m, D", [(600, 500, 32), (2000, 3000, 100), (20, 25, 32), (40, 5000, 64)])
 def test_frechet_is_scipys(n, m, D):
     g = torch.Generator().manual_seed(n)
@@ -101,22 +80,12 @@ def test_frechet_is_scipys(n, m, D):
     assert frechet(statistics(a), statistics(b)) == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("n, D", [(5, 8), (3000, 96), (20_000, 16)])
-def test_statistics_are_torch_fidelitys(n, D):
-    f = torch.rand(n, D, generator=torch.Generator().manual_seed(0))
-    ours, theirs = statistics(f), fid_features_to_statistics(f)
-    assert ours["mu"].dtype == theirs["mu"].dtype and (ours["mu"] == theirs["mu"]).all()
-    if n <= metrics.ROWS:
-        assert (ours["sigma"] == theirs["sigma"]).all()
-    np.testing.assert_allclose(ours["sigma"], theirs["sigma"], atol=1e-14)
-
-
 def test_bias_of_equal_eigenvalues_is_the_textbooks():
     D, n = 50, 1000
-    assert frechet_bias(bias_constant(2.0 * np.eye(D)), n) == pytest.approx(
+    assert frechet_bias(bias_constant(2.0 * np.ones(D)), n) == pytest.approx(
         2 * (D / n + D * (D + 1) / (4 * n))
     )
-    assert frechet_bias(bias_constant(np.diag([1.0, 0, 0])), 10, 10) == pytest.approx(
+    assert frechet_bias(bias_constant(np.array([1.0, 0, 0])), 10, 10) == pytest.approx(
         2 / 10 * 1.5
     )  # eigenvalues of zero divide nothing
 
@@ -228,9 +197,6 @@ def test_nearest_and_pairwise_distances_by_brute_force():
     )
 
 
-# torch-fidelity's own command line, and Inception without a network
-
-
 def test_inception_path_runs_offline_under_its_own_name(random_inception):
     a, b = colour(12, 0), colour(11, 1)
     with pytest.warns(UserWarning) as seen:
@@ -257,13 +223,6 @@ def test_inception_path_runs_offline_under_its_own_name(random_inception):
         and "299x299" in r.resize
         and (r.n, r.reference_n) == (12, 11)
     )
-
-
-def test_published_weights_are_called_fid(random_inception, monkeypatch):
-    monkeypatch.setattr(metrics, "sha256", lambda path: "6726825d" + "0" * 56)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert load_extractor("inception", random_inception).distance == "FID"
 
 
 @pytest.mark.slow
@@ -314,274 +273,6 @@ def test_equals_the_command_line_to_the_last_printed_digit(tmp_path, random_ince
     assert {k: f"{v:.7g}" for k, v in ours.items()} == {k: printed[k] for k in ours}
 
 
-def test_weights_that_do_not_fit(tmp_path, random_inception):
-    (tmp_path / "cut.pth").write_bytes(random_inception.read_bytes()[:10_000])
-    with pytest.raises(ValueError, match="cut short"):
-        load_extractor("inception", tmp_path / "cut.pth")
-    torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="does not fit inception"):
-        load_extractor("inception", tmp_path / "other.pth")
-    (tmp_path / metrics.INCEPTION).write_bytes(b"half a download")
-    with pytest.raises(ValueError, match="damaged: its SHA-256"):
-        load_extractor("inception", tmp_path / metrics.INCEPTION)
-    with pytest.raises(ValueError, match="weights= goes with"):
-        load_extractor("digits", tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="'lenet' is unknown"):
-        load_extractor("lenet")
-
-
-@pytest.mark.parametrize("which", ["inception", "vgg16"])
-def test_no_weights_and_no_network_fails_before_sampling(which, tmp_path, monkeypatch):
-    def offline(*args, **options):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    drawn = []
-    with pytest.raises(FileNotFoundError, match="cannot be fetched.*Put the file there"):
-        evaluate(lambda start, count: drawn.append(count), colour(8, 0), which, n=8)
-    assert not drawn
-
-
-@pytest.mark.slow
-def test_vgg16_from_a_file_and_under_its_name(tmp_path):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        torch.save(torchvision.models.vgg16().state_dict(), tmp_path / "vgg.pth")
-    with pytest.warns(UserWarning, match="not the published file.*FD-vgg16"):
-        eye = load_extractor("vgg16", tmp_path / "vgg.pth", "cpu")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = evaluate(colour(6, 0), colour(5, 1), eye, ("fd", "precision"), device="cpu")
-    assert list(found) == ["FD-vgg16", "precision"] and found["FD-vgg16"].value > 0
-    assert extract(colour(6, 0), eye).features.shape == (6, 4096)
-
-
-# sources
-
-
-def test_batches_do_not_matter(net, x):
-    a, b = extract(x[:300], net, batch_size=300), extract((v for v in x[:300].split(11)), net, batch_size=7)
-    torch.testing.assert_close(a.features, b.features, atol=1e-4, rtol=1e-4)
-    assert a.data == b.data and a.logits.shape == (300, 10)
-    assert extract(x[:299], net).data != a.data and extract(to_bytes(x[:300]), net).data == a.data
-
-
-def test_a_subset_is_spread_over_the_source():
-    rows = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 8, 8)
-    assert torch.cat(list(pictures(rows, 10).batches(3)))[:, 0, 0, 0].tolist() == list(range(0, 100, 10))
-    with pytest.raises(ValueError, match="n=101: generated has 100 images"):
-        pictures(rows, 101)
-    with pytest.raises(ValueError, match="n=0"):
-        pictures(rows, 0)
-
-
-def test_bad_sources(net, x, tmp_path):
-    with pytest.raises(ValueError, match="ended 3 images short of n=20"):
-        extract(iter([x[:17]]), net, 20)
-    assert len(extract(iter([x[:17], x[17:34]]), net, 20)) == 20
-    with pytest.raises(ValueError, match=r"generated\(64, 36\) gave 35 images"):
-        extract(lambda a, c: x[a : min(a + c, 99)], net, 100)
-    with pytest.raises(ValueError, match="is a network, not images"):
-        extract(network("digits"), net, 10)
-    with pytest.raises(ValueError, match="is a list"):
-        extract([x], net)
-    with pytest.raises(ValueError, match="has no images"):
-        extract(x[:0], net)
-    with pytest.raises(ValueError, match="at least 2"):
-        extract(x[:1], net)
-    with pytest.raises(ValueError, match="dtype torch.int64"):
-        extract((x[:5] * 8).long(), net)
-    broken = x[:100].clone()
-    broken[70, 0, 3, 3] = torch.nan
-    with pytest.raises(ValueError, match="first in image 6 of a batch of 36"):
-        extract(broken, net)
-    with pytest.raises(FileNotFoundError):
-        evaluate(tmp_path / "nowhere", x)
-    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
-        pass
-    with pytest.raises(ValueError, match="has no images"):
-        evaluate(tmp_path / "empty.zip", x)
-    damaged = folder(tmp_path / "damaged", to_bytes(x[:9]))
-    (damaged / "0004.png").write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match="0004.png"):
-        evaluate(damaged, x)
-    with pytest.raises(ValueError, match="reference \\(3, 32, 32\\), extractor 'digits' \\(1, 8, 8\\)"):
-        evaluate(x[:50], colour(9, 0))
-    with pytest.raises(ValueError, match="generated: images are \\(1, 9, 9\\)"):
-        evaluate(lambda a, c: torch.zeros(c, 1, 9, 9), x, n=20)
-    collector = Collector(net, n=4)
-    with pytest.raises(ValueError, match="more than the n=4"):
-        collector.add(x[:5])
-
-
-def test_ranges_of_other_conventions_warn(net, x):
-    with pytest.warns(UserWarning, match="images in .0, 1. must be brought"):
-        extract((x[:50] + 1) / 2, net)
-    with pytest.warns(UserWarning, match="brightest pixel is 16 of 255"):
-        extract(digits().pixels[:50], net)
-
-
-def test_modules_of_ones_own(x, cache):
-    class Rows(nn.Module):
-        def __init__(self, out):
-            super().__init__()
-            self.out = out
-
-        def forward(self, x):
-            return self.out(x)
-
-    flat = load_extractor(Rows(lambda x: x.flatten(1)[:, :5]), name="corner", device="cpu")
-    images = digits()
-    found = evaluate(x[:300], images, flat, "fd")["FD-corner"]
-    assert found.extractor == "corner" and not cache.exists()  # its code may change: nothing is kept on disk
-    with pytest.raises(ValueError, match="one row an image"):
-        extract(x[:20], load_extractor(Rows(lambda x: x), device="cpu"))
-    with pytest.raises(ValueError, match="non-finite features"):
-        extract(x[:20], load_extractor(Rows(lambda x: x.flatten(1) / 0), device="cpu"))
-    with pytest.raises(ValueError, match="without class scores"):
-        measure(extract(x[:20], flat), extract(x[20:40], flat), "confident")
-    random, trained = (load_extractor(network("digits", random=r), device="cpu") for r in (0, None))
-    assert random.weights != trained.weights and random.shape == (1, 8, 8)
-    with pytest.raises(ValueError, match="two extractors: weights"):
-        measure(extract(x[:100], random), extract(x[:100], trained))
-    with pytest.raises(ValueError, match="made already"):
-        load_extractor(flat, name="other")
-
-
-# the reference's cache
-
-
-class Counting:
-    def __init__(self, extractor):
-        self.extractor, self.calls, self.original = extractor, 0, extractor.module.forward
-
-    def __enter__(self):
-        self.extractor.module.forward = self.forward
-        return self
-
-    def __exit__(self, *_):
-        del self.extractor.module.forward
-
-    def forward(self, x):
-        self.calls += len(x)
-        return self.original(x)
-
-
-def part(images, rows):
-    return Images(images.pixels[rows], None, "part", "", images.levels)
-
-
-def test_cache_is_used_and_goes_by_content(cache):
-    net, data = load_extractor("digits", device="cpu"), digits()
-    with Counting(net) as seen:
-        a = reference_features(data, net)
-        b = reference_features(data, net)
-        assert (
-            seen.calls == len(data)
-            and (a.features == b.features).all()
-            and (a.logits == b.logits).all()
-            and a.data == b.data
-            and (a.mean == b.mean).all()
-        )
-        assert all(
-            (a.statistics[k] == b.statistics[k]).all() and a.statistics[k].dtype == b.statistics[k].dtype
-            for k in ("mu", "sigma")
-        )
-        other = reference_features(part(data, slice(0, 1000)), net)
-        assert (
-            seen.calls == len(data) + 1000
-            and len(list(cache.glob("features-digits-*"))) == 2
-            and other.data != a.data
-        )
-        reference_features(data, net, cache=False)
-        assert seen.calls == 2 * len(data) + 1000
-    assert not list(cache.glob("*.part"))
-
-
-def test_stale_damaged_and_foreign_caches(cache, net):
-    data = digits()
-    good = reference_features(data, net)
-    [path] = cache.glob("features-*")
-    reference_features(part(data, slice(0, 1000)), net)
-    [other] = set(cache.glob("features-*")) - {path}
-    whole = path.read_bytes()
-    cases = {
-        "it is of data": other.read_bytes(),
-        "it is damaged": whole[: len(whole) // 2],
-        "its checksum is wrong": whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
-        " it is damaged": b"",
-    }
-    for why, content in cases.items():
-        path.write_bytes(content)
-        with pytest.warns(UserWarning, match=f"computed again: {why.strip()}"):
-            assert (reference_features(data, net).features == good.features).all()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            reference_features(data, net)  # whole again
-    save_file({"features": torch.zeros(3)}, path)
-    for foreign in (path.read_bytes(), b"somebody's notes\n" * 40):
-        path.write_bytes(foreign)
-        with pytest.raises(ValueError, match="was not written by dddm"):
-            reference_features(data, net)
-        assert path.read_bytes() == foreign
-
-
-def test_a_library_of_another_version_is_another_kind(cache, net, monkeypatch):
-    data = digits()
-    reference_features(data, net)
-    a = evaluate(data, data, metrics="fd")["FD-digits"]
-    monkeypatch.setattr(metrics, "LIBRARY", "dddm 9")
-    reference_features(data, net)
-    assert len(list(cache.glob("features-*"))) == 2
-    with pytest.raises(ValueError, match="library"):
-        check_kind(a, Result(**{**a.__dict__, "library": "dddm 9"}))
-
-
-def test_a_folder_that_cannot_be_written(tmp_path, net):
-    (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="could not be kept"):
-        assert len(reference_features(digits(), net, cache=tmp_path / "file")) == 1797
-
-
-# results
-
-
-def test_results_travel_and_refuse(tmp_path, net, x):
-    runs = {
-        f"seed {s}": evaluate(x[:600][s::2], extract(x[600:], net), metrics=("fd", "precision"), seed=s)
-        for s in range(2)
-    }
-    save_results(tmp_path / "deep" / "r.json", runs, run="x", budget=["a", 1])
-    assert load_results(tmp_path / "deep" / "r.json") == (runs, {"run": "x", "budget": ["a", 1]})
-    rows = table(runs)
-    assert [r["run"] for r in rows] == ["seed 0", "seed 1"] and set(rows[0]) == {
-        "run",
-        "n",
-        "extractor",
-        "FD-digits",
-        "precision",
-    }
-    a, b = (r["FD-digits"] for r in runs.values())
-    assert mean_std([a, b]) == pytest.approx(
-        (np.mean([a.value, b.value]), np.std([a.value, b.value], ddof=1))
-    )
-    assert (
-        (a < b) == (a.value < b.value)
-        and a - b == a.value - b.value
-        and max(a, b).value == max(a.value, b.value)
-    )
-    for field in metrics.KIND:
-        with pytest.raises(ValueError, match=field):
-            mean_std([a, Result(**{**b.__dict__, field: 7})])
-    with pytest.raises(ValueError, match="seeds"):
-        mean_std([a, Result(**{**b.__dict__, "seed": 0})])
-    for text in ("{", "[]", json.dumps({"format": "other"})):
-        (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(ValueError, match="bad.json"):
-            load_results(tmp_path / "bad.json")
-
-
 def test_arguments_are_checked_first(net, x):
     for options, text in (
         ({"metrics": ()}, "expected some of"),
@@ -626,15 +317,6 @@ def test_what_cannot_be_measured_fails_before_the_first_sample(net, x):
     assert drawn == []
 
 
-def test_keep_nothing_keeps_nothing(tmp_path, cache):
-    for i in range(12):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)).save(
-            tmp_path / f"{i}.png"
-        )
-    found = evaluate(tmp_path, tmp_path, "digits", "diversity", cache=False, device="cpu", progress=False)
-    assert found["diversity"].value == pytest.approx(1) and not cache.exists()
-
-
 def test_confident_and_memorisation(net, x):
     f, g = extract(x[:700], net), extract(x[700:1400], net)
     assert (
@@ -654,63 +336,34 @@ def test_confident_and_memorisation(net, x):
         memorisation(f, g, level=0)
 
 
-# the paper's tables
-
-
-def test_the_papers_tables():
-    assert (len(TABLE_1), len(TABLE_2)) == (38, 35)
-    found = {(r.table, r.method, r.nfe): r for r in PAPER}
-    assert len(found) == len(PAPER)
-    deep = (
-        found[1, "DDDM-deep(T=1000)", 1],
-        found[1, "DDDM-deep(T=1000)", 2],
-        found[1, "DDDM-deep(T=1000)", 1000],
-    )
-    assert [r.fid for r in deep] == [2.57, 2.33, 1.79]  # the abstract
-    assert [found[2, "DDDM(T=1000)", n].fid for n in (1, 2)] == [4.21, 3.53]  # section 5.3
-    assert all(r.inception_score is None for r in TABLE_2) and all(r.precision is None for r in TABLE_1)
-
-
-def test_measured_numbers_share_a_line_with_the_papers_only_where_they_are_of_its_kind():
-    rows = [r for r in TABLE_1 if r.method == "DDDM(T=1000)"]
-    kind = dict(reference_n=50_000, reference="ab", extractor="inception", weights="6726825d", resize="")
-    same, few, other = (
-        Result("FID", 3.1, 50_000, **kind),
-        Result("FID", 3.1, 10_000, **kind),
-        Result("FD-cifar", 3.1, 50_000, **kind),
-    )
-    lines = beside_paper(rows, [("DDDM(T=1000)", 1, same, "8 h")])
-    assert (
-        len(lines) == 6
-        and lines[0]["paper"] == "2.90"
-        and lines[0]["measured"] == "3.1"
-        and lines[0]["budget"] == "8 h"
-    )
-    for r in (few, other):
-        lines = beside_paper(rows, [("DDDM(T=1000)", 1, r, "8 h")])
-        assert (
-            len(lines) == 7
-            and lines[-1]["paper"] == ""
-            and lines[0]["measured"] == ""
-            and lines[-1]["n"] == f"{r.n:,}"
-        )
-
-
-# memory
-
 MEMORY = """
 import resource, sys, torch
-from dddm import metrics
+from dddm import extractors, metrics
+
 torch.set_num_threads(1)
 n, D = int(sys.argv[1]), int(sys.argv[2])
+
 class Wide(torch.nn.Module):
-    def __init__(self): super().__init__(); self.register_buffer("w", torch.randn(192, D, generator=torch.Generator().manual_seed(0)) / 14)
-    def forward(self, x): return (x.flatten(1) @ self.w).relu()
-wide = metrics.load_extractor(Wide(), device="cpu")
-def draw(first): return lambda start, count: torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(first + start))
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("w", torch.randn(192, D, generator=torch.Generator().manual_seed(0)) / 14)
+
+    def forward(self, x):
+        return (x.flatten(1) @ self.w).relu()
+
+def draw(first):
+    def images(start, count):
+        g = torch.Generator().manual_seed(first + start)
+        return torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=g)
+
+    return images
+
+wide = extractors.load_extractor(Wide(), device="cpu")
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 start = peak()
-metrics.evaluate(draw(10**6), metrics.extract(draw(0), wide, n, batch_size=500, progress=False), wide, "fd", n=n, batch_size=500, progress=False)
+options = dict(batch_size=500, progress=False)
+reference = extractors.extract(draw(0), wide, n, **options)
+metrics.evaluate(draw(10**6), reference, wide, "fd", n=n, **options)
 print(start, peak())
 """
 

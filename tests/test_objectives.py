@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dddm import training
+from dddm import runs
 from dddm.levels import intervals, noise_levels, sigma
 from dddm.losses import distance
 from dddm.model import DDDM, Boundary
@@ -28,7 +28,7 @@ from dddm.objectives import (
 )
 from dddm.sampling import ddim, sample, times_down
 from dddm.schedule import VPSchedule
-from dddm.training import TrainConfig, epoch_batches, newest_checkpoint, open_store, train
+from dddm.training import train
 from dddm.unet import Dropout, seed_dropout
 
 schedule, T = VPSchedule(1000), 1000
@@ -476,13 +476,13 @@ def test_the_sampler_of_a_run_may_change_when_it_goes_on(tmp_path):
         device="cpu",
     )
     run = train(TrainConfig(**tiny), tmp_path / "run", progress=False)
-    assert training.load(run).sampler == "iterate"
+    assert runs.load(run).sampler == "iterate"
     weights, iterated = (
         (run / name).read_bytes()
         for name in (newest_checkpoint(run).relative_to(run) / "ema.safetensors", "samples/step-0000002.png")
     )
     train(TrainConfig(sampler="renoise", **{**tiny, "epochs": 2}), run, progress=False)
-    assert training.load(run).sampler == "renoise"
+    assert runs.load(run).sampler == "renoise"
     again = train(TrainConfig(sampler="renoise", **tiny), tmp_path / "again", progress=False)
     assert (newest_checkpoint(again) / "ema.safetensors").read_bytes() == weights and (
         again / "samples" / "step-0000002.png"
@@ -576,7 +576,7 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path, monkeypatch):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     monkeypatch.setattr(
-        training,
+        passes,
         "epoch_batches",
         lambda n, batch, seed, epoch, world=1, drop_last=False: [
             [torch.cat(s)] for s in epoch_batches(n, batch, seed, epoch, 2)

@@ -10,10 +10,12 @@ import torch
 from cuda_twin import cuda_twin
 from test_cuda_twin import CASES, TINY, as_before, few_digits, few_images, tiny  # noqa: F401 (fixtures)
 
-from dddm import objectives, sampling, training
+from dddm import config, sampling, training
 from dddm.objectives import OBJECTIVES
+from dddm.passes import fitting_micro_batch, step_dtype
 from dddm.presets import PRESETS, preset
-from dddm.training import TrainConfig, checkpoints, fitting_micro_batch, history, step_dtype, train
+from dddm.runs import checkpoints, history
+from dddm.training import train
 
 ONE_BLOCK = dict(base=8, multipliers=(1,), blocks=1, attention=(), estimate=(8,))
 GRAPH_CASES = [(o, e, c) for o, e, c in CASES if (c is None) == (e in ("self", "none", "truth"))]
@@ -62,11 +64,13 @@ def test_a_run_is_one_graph(objective, estimate, classes, graphs, few_images, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["paper", "consistency"])
 def test_generated_code_gives_the_eager_gradients(objective, few_images, tmp_path):  # noqa: F811
-    "As `try_passes` compares them, by the real compiler, with dropout."
-    run = training.Run(tiny(objective=objective, device="cpu", net={**ONE_BLOCK, "dropout": 0.3}), tmp_path)
-    _, eager = training.trial(run, 6)
-    run.compiled, run.compute = True, training.compile_pass(run.device)
-    _, compiled = training.trial(run, 6)
+    "As `compiling_pays` compares them, by the real compiler, with dropout."
+    run = training.start_run(
+        tiny(objective=objective, device="cpu", net={**ONE_BLOCK, "dropout": 0.3}), tmp_path
+    )
+    eager = passes.trial(run, 6).gradients
+    run.compiled, run.compute = True, passes.compile_pass(run.device)
+    compiled = passes.trial(run, 6).gradients
     for a, b in zip(compiled, eager, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
@@ -74,8 +78,8 @@ def test_generated_code_gives_the_eager_gradients(objective, few_images, tmp_pat
 def test_a_graph_that_cannot_be_made_is_a_warning(few_images, tmp_path):  # noqa: F811
     "compile=None on the simulated device, for which nothing can be compiled: the run goes on in eager passes, and says so."
     with cuda_twin(), pytest.warns(UserWarning, match="passes stay eager"):
-        run = training.Run(tiny(compile=None), tmp_path)
-        assert not run.compiled and "eager, of up to 6 images" in training.describe(run)
+        run = training.start_run(tiny(compile=None), tmp_path)
+        assert not run.compiled and "eager, of up to 6 images" in passes.describe(run)
         training.step(run)
 
 
@@ -103,7 +107,7 @@ def test_the_number_format_follows_objective_and_device():
 def test_the_micro_batch_follows_the_memory(free, compiled, wanted, monkeypatch):
     "An image takes a million bytes, and a pass a hundred more."
     run = type("Run", (), dict(config=TrainConfig(batch=1024), world=1))
-    monkeypatch.setattr(training, "memory_of_trial", lambda run, n: 100 + n * 10**6)
+    monkeypatch.setattr(passes, "memory_of_trial", lambda run, n: 100 + n * 10**6)
     assert fitting_micro_batch(run, free, compiled) == wanted
 
 
@@ -111,7 +115,7 @@ def test_what_is_not_finite_is_noticed_a_step_late(few_images, tmp_path, monkeyp
     "On a GPU the step itself does not look; the next one, or a checkpoint, does, and names the step and its samples."
     for looks in (training.step, training.save):
         with cuda_twin():
-            run = training.Run(tiny(), tmp_path / looks.__name__)
+            run = training.start_run(tiny(), tmp_path / looks.__name__)
             training.step(run)
             training.save(run)
             samples = run.batch()[0].tolist()
@@ -128,7 +132,7 @@ def test_what_is_not_finite_is_noticed_a_step_late(few_images, tmp_path, monkeyp
 
 
 def test_moments_that_are_not_finite_are_not_saved(few_images, tmp_path):  # noqa: F811
-    run = training.Run(tiny(device="cpu"), tmp_path)
+    run = training.start_run(tiny(device="cpu"), tmp_path)
     training.step(run)
     next(iter(run.optimizer.state.values()))["exp_avg"].fill_(math.inf)
     with pytest.raises(FloatingPointError, match="moments are not finite after step 1; no checkpoint"):
@@ -136,25 +140,25 @@ def test_moments_that_are_not_finite_are_not_saved(few_images, tmp_path):  # noq
 
 
 def test_weights_in_another_memory_format_are_saved(few_images, tmp_path):  # noqa: F811
-    run = training.Run(tiny(device="cpu"), tmp_path)
+    run = training.start_run(tiny(device="cpu"), tmp_path)
     run.model.to(memory_format=torch.channels_last)
     training.step(run)
     training.save(run)
-    loaded = training.load(tmp_path, ema=False).state_dict()
+    loaded = runs.load(tmp_path, ema=False).state_dict()
     for name, value in run.model.state_dict().items():
         assert torch.equal(loaded[name], value), name
 
 
-@pytest.mark.parametrize("sampler", objectives.SAMPLERS)
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 def test_a_sampled_batch_waits_once(sampler):
     "Five images in batches of two, at two numbers of steps: three waits, and an image that is not finite is told at the end."
-    model = training.build(TrainConfig(net=ONE_BLOCK)).eval()
-    wanted = objectives.generate(model, sampler, n=5, steps=(1, 3), batch_size=2)
+    model = config.build(TrainConfig(net=ONE_BLOCK)).eval()
+    wanted = sampling.sample(model, 5, (1, 3), sampler, batch_size=2)
     with cuda_twin() as record:
         model.to("cuda")
-        objectives.generate(model, sampler, n=2, steps=(1,))  # the schedule's tables are made
+        sampling.sample(model, 2, 1, sampler)  # the schedule's tables are made
         record.reset()
-        found = objectives.generate(model, sampler, n=5, steps=(1, 3), batch_size=2)
+        found = sampling.sample(model, 5, (1, 3), sampler, batch_size=2)
         assert record.syncs.total() == 3 and {kind for kind, _ in record.syncs} == {"synchronize"}, (
             record.syncs
         )
@@ -162,11 +166,11 @@ def test_a_sampled_batch_waits_once(sampler):
             torch.testing.assert_close(found[s], wanted[s], rtol=1e-4, atol=1e-4)
         model.net.head[-1].bias.data.fill_(math.nan)
         with pytest.raises(RuntimeError, match="non-finite"):
-            objectives.generate(model, sampler, n=5, steps=(1, 3), batch_size=2)
+            sampling.sample(model, 5, (1, 3), sampler, batch_size=2)
 
 
 def test_bfloat16_samples_where_they_are_as_good():
-    model = training.build(TrainConfig(net=ONE_BLOCK)).eval()
+    model = build(TrainConfig(net=ONE_BLOCK)).eval()
     assert sampling.sampling_dtype(model, "auto") == torch.float32  # a CPU
     with cuda_twin(), torch.no_grad():
         model.to("cuda")
@@ -174,7 +178,7 @@ def test_bfloat16_samples_where_they_are_as_good():
         model.net.head[-1].weight.normal_(std=30.0)
         assert sampling.sampling_dtype(model, "auto") == torch.float32
         assert sampling.sampling_dtype(model, "bfloat16") == torch.bfloat16
-        assert objectives.generate(model, n=2, steps=(1,), precision="bfloat16")[1].dtype == torch.float32
+        assert sampling.sample(model, 2, precision="bfloat16").dtype == torch.float32
     with cuda_twin(capability=(7, 5)):
         assert sampling.sampling_dtype(model.to("cuda"), "auto") == torch.float32
     with pytest.raises(ValueError, match="did you mean 'bfloat16'"):
@@ -212,7 +216,7 @@ def test_the_history_goes_to_a_tracker_too(few_images, tmp_path):  # noqa: F811
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_a_tracker_that_is_not_installed_is_told(few_images, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match="tracker='wandb'.*pip install wandb"):
-        training.Run(tiny(device="cpu", tracker="wandb"), tmp_path / "run")
+        training.start_run(tiny(device="cpu", tracker="wandb"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="did you mean 'wandb'"):
         TrainConfig(tracker="wanbd")
@@ -232,5 +236,5 @@ def test_old_runs_go_on(few_images, tmp_path):  # noqa: F811
 
 def test_no_preset_says_what_a_gpu_can_hold():
     assert all(preset(name).micro_batch is None and preset(name).compile is None for name in PRESETS)
-    weights = sum(p.numel() for p in training.build(preset("cifar10-ten-minutes")).parameters())
+    weights = sum(p.numel() for p in build(preset("cifar10-ten-minutes")).parameters())
     assert weights < 25e6

@@ -1,66 +1,25 @@
 "What the training notebook cannot show: real processes, kills, damage, a full disk, two devices."
 
-import dataclasses
-import errno
 import json
 import math
 import os
 import random
-import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
+from small_runs import TINY, assert_same_run, command, write_config
 
-from dddm import store as store_module
-from dddm import training
+from dddm import passes, training
+from dddm.config import TrainConfig, epoch_batches, learning_rate
 from dddm.data import digits
-from dddm.training import TrainConfig, checkpoints, epoch_batches, history, load, newest_checkpoint, train
-
-TINY = dict(
-    net=dict(base=16, multipliers=(1, 2), blocks=1, attention=(), estimate=(8, 4)),
-    c=0.01,
-    batch=256,
-    epochs=4,
-    log_every=3,
-    checkpoint_every=2,
-    sample_every=0,
-    device="cpu",
-)
-
-
-def write_config(path, **fields):
-    path.write_text(json.dumps(TrainConfig(**{**TINY, **fields}).to_dict()))
-    return path
-
-
-def command(config, out):
-    return [sys.executable, "-m", "dddm.training", str(config), "--out", str(out)]
-
-
-def end_state(run):
-    folder = newest_checkpoint(run)
-    store = torch.load(folder / "store-0.pt", weights_only=True)
-    return (
-        load_file(folder / "model.safetensors"),
-        load_file(folder / "ema.safetensors"),
-        {k: store[k] for k in ("rows", "written")},
-        history(run),
-    )
-
-
-def assert_same_run(a, b):
-    for left, right in zip(end_state(a)[:3], end_state(b)[:3]):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert torch.equal(left[key], right[key]), key
-    assert end_state(a)[3] == end_state(b)[3]
+from dddm.objectives import OBJECTIVES
+from dddm.runs import checkpoints, history, load, newest_checkpoint
+from dddm.training import train
 
 
 def kill_and_resume(config, out, kills, seed):
@@ -147,7 +106,7 @@ def test_two_processes_are_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     two = newest_checkpoint(tmp_path / "two")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "epoch_batches", joined)
+        patch.setattr(passes, "epoch_batches", joined)
         one = newest_checkpoint(
             train(TrainConfig(**{**TINY, **fields, "micro_batch": None}), tmp_path / "one", progress=False)
         )
@@ -204,38 +163,6 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path):
         assert (a[key]["exp_avg"] - b[key]["exp_avg"]).abs().max() < 1e-4 * largest
 
 
-@pytest.mark.parametrize("harm", ["flipped byte", "cut short", "missing"])
-def test_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, harm):
-    whole = train(TrainConfig(**TINY), tmp_path / "whole", progress=False)
-
-    def stop(record):
-        if record["step"] == 9:
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        train(TrainConfig(**TINY), tmp_path / "run", callback=stop, progress=False)
-    victim = checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.pt"
-    content = bytearray(victim.read_bytes())
-    if harm == "flipped byte":
-        content[len(content) // 2] ^= 4
-        victim.write_bytes(content)
-    elif harm == "cut short":
-        victim.write_bytes(content[:1000])
-    else:
-        victim.unlink()
-    with pytest.warns(UserWarning, match="step-8 is damaged: state.pt"):
-        train(TrainConfig(**TINY), tmp_path / "run", progress=False)
-    assert_same_run(whole, tmp_path / "run")
-
-
-def test_all_checkpoints_damaged(tmp_path):
-    run = train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
-    for folder in checkpoints(run / "checkpoints"):
-        (folder / "model.safetensors").write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="every checkpoint"):
-        load(run)
-
-
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
     "The operating system refuses to let files grow (RLIMIT_FSIZE) after the first checkpoint; the run names that checkpoint, and goes on later."
     config = write_config(tmp_path / "config.json")
@@ -243,11 +170,12 @@ def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
 import resource, signal, sys
 from dddm import store as store_module
 from dddm import training
+from dddm.config import TrainConfig
 from dddm.data import digits
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def limit(record):
     if record["step"] == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-config = training.TrainConfig.from_dict(__import__("json").load(open({str(config)!r})))
+config = TrainConfig.from_dict(__import__("json").load(open({str(config)!r})))
 training.train(config, {str(tmp_path / "run")!r}, callback=limit, progress=False)
 """
     failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -261,14 +189,6 @@ training.train(config, {str(tmp_path / "run")!r}, callback=limit, progress=False
     whole = train(TrainConfig(**TINY), tmp_path / "whole", progress=False)
     train(TrainConfig(**TINY), tmp_path / "run", progress=False)
     assert_same_run(whole, tmp_path / "run")
-
-
-def test_no_room_is_seen_before_the_first_step(tmp_path, monkeypatch):
-    usage = type("usage", (), dict(free=1000))
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match="free some space"):
-        train(TrainConfig(**TINY), tmp_path / "run", progress=False)
-    assert not (tmp_path / "run" / "history.jsonl").exists()
 
 
 def test_loss_that_is_no_number(tmp_path):
@@ -290,79 +210,12 @@ def test_first_loss_that_is_no_number_names_step_and_samples(tmp_path, monkeypat
         torch.full((len(part.x0),), float("nan"), requires_grad=True),
         part.x0,
     )
-    monkeypatch.setitem(training.OBJECTIVES, "paper", training.OBJECTIVES["paper"]._replace(loss=broken))
+    monkeypatch.setitem(OBJECTIVES, "paper", OBJECTIVES["paper"]._replace(loss=broken))
     with pytest.raises(
         FloatingPointError,
         match=r"the loss is nan at step 0 \(epoch 0\), for the samples \[\d+, .* no checkpoint had been saved",
     ):
         train(TrainConfig(**TINY), tmp_path / "run", progress=False)
-
-
-def test_bad_input_before_any_work(tmp_path):
-    def refused(match, error=ValueError, **fields):
-        with pytest.raises(error, match=match):
-            train(TrainConfig(**{**TINY, **fields}), tmp_path / "run", progress=False)
-        assert not (tmp_path / "run").exists()
-
-    refused("batch=1798 is larger than the data", batch=1798)
-    refused(r"shape=\(3, 8, 8\), but every image has 1 channel.*resize=True", shape=(3, 8, 8))
-    refused("classes=4, but digits has 10 classes", classes=4)
-    refused("argument of the network 'bases' is unknown; did you mean 'base'", net=dict(bases=3))
-    refused("objective 'papers' is unknown; did you mean 'paper'", objective="papers")
-    refused("flip='no'", flip="no")
-    refused("epochs=True", epochs=True)
-    refused("lr='2e-4'.*2.0e-4", lr="2e-4")
-    refused("net=3", net=3)
-    refused("pseudo_huber", distance="pseudo_hubert")
-    net32 = dict(base=16, multipliers=(1, 1), blocks=1, attention=(), estimate=(16,))
-    refused(
-        "nowhere",
-        error=FileNotFoundError,
-        data="cifar10",
-        data_path=str(tmp_path / "nowhere"),
-        shape=(3, 32, 32),
-        net=net32,
-    )
-    with pytest.raises(ValueError, match="did you mean 'epochs'.*Known: .*batch"):
-        TrainConfig.from_dict(dict(epoch=3))
-
-
-def test_directory_of_another_run(tmp_path):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="not empty"):
-        train(TrainConfig(**TINY), tmp_path / "other", progress=False)
-    run = train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
-    with pytest.raises(ValueError, match="lr: 0.0002 there, 0.1 here"):
-        train(TrainConfig(**{**TINY, "lr": 0.1}), run, progress=False)
-    with pytest.raises(FileExistsError, match="holds a run already"):
-        train(TrainConfig(**TINY), run, resume=False, progress=False)
-    with pytest.raises(FileNotFoundError, match="no run directory"):
-        load(tmp_path / "nothing")
-
-
-def test_a_process_that_is_refused_leaves_the_run_alone(tmp_path):
-    "While one process trains, another is refused before it touches configuration, history or the store's file."
-    fields = {**TINY, "epochs": 1, "store_path": str(tmp_path / "store.bin")}
-    run = train(TrainConfig(**fields), tmp_path / "run", progress=False)
-    (run / "history.jsonl").write_text(
-        (run / "history.jsonl").read_text() + json.dumps(dict(step=99)) + "\n"
-    )  # the other one is ahead of its checkpoint
-    (tmp_path / "store.bin").write_bytes(bytes(b ^ 1 for b in (tmp_path / "store.bin").read_bytes()))
-    files = [run / "config.json", run / "history.jsonl", tmp_path / "store.bin"]
-    before = [p.read_bytes() for p in files]
-    with training.locked(run), pytest.raises(FileExistsError, match="another process"):
-        train(TrainConfig(**{**fields, "epochs": 2, "sampler": "ddim"}), run, progress=False)
-    assert [p.read_bytes() for p in files] == before
-
-
-def test_a_strangers_configuration_is_kept(tmp_path):
-    (tmp_path / "other").mkdir()
-    for content in ('{"model_type": "bert"}', "", "[]"):
-        (tmp_path / "other" / "config.json").write_text(content)
-        with pytest.raises(FileExistsError, match="holds no run"):
-            train(TrainConfig(**TINY), tmp_path / "other", progress=False)
-        assert (tmp_path / "other" / "config.json").read_text() == content
 
 
 def test_a_grid_that_fails_costs_no_training(tmp_path, monkeypatch):
@@ -385,64 +238,6 @@ def test_a_grid_that_fails_costs_no_training(tmp_path, monkeypatch):
     assert [p.name for p in run.glob("samples/*")] == ["step-0000008.png"]
     with pytest.raises(ValueError, match="seed=.*2.63-1"):
         TrainConfig(**{**TINY, "seed": 2**63})  # no sampler could take it
-
-
-def test_fewer_epochs_than_were_trained(tmp_path):
-    run = train(TrainConfig(**{**TINY, "epochs": 2}), tmp_path / "run", progress=False)
-    before = (run / "config.json").read_text()
-    with pytest.raises(ValueError, match="16 steps, more than the 8 of epochs=1; give at least 2"):
-        train(TrainConfig(**{**TINY, "epochs": 1}), run, progress=False)
-    assert (run / "config.json").read_text() == before
-
-
-def test_more_epochs_where_steps_follow_the_progress(tmp_path):
-    "A rate that falls, or noise levels that double, depend on the number of epochs: the longer run says that it is another one."
-    for name, more in (("rate", dict(lr_decay=0.5)), ("levels", dict(objective="consistency"))):
-        fields = {**TINY, **more}
-        run = train(TrainConfig(**{**fields, "epochs": 1}), tmp_path / name, progress=False)
-        with pytest.warns(UserWarning, match="begun with epochs=1"):
-            train(TrainConfig(**{**fields, "epochs": 2}), run, progress=False)
-
-
-def test_odd_files_in_a_run(tmp_path):
-    "A copy of a checkpoint is passed over; what cannot be read is named."
-    run = train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
-    newest = checkpoints(run / "checkpoints")[-1]
-    shutil.copytree(newest, newest.with_name(newest.name + ".bak"))
-    assert checkpoints(run / "checkpoints")[-1] == newest and load(run) is not None
-    (newest / "manifest.json").write_text("[]")
-    with pytest.warns(UserWarning, match="does not list the files"):
-        load(run)
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps({**config, "net": {**config["net"], "base": 32}}))
-    with (
-        pytest.warns(UserWarning),
-        pytest.raises(ValueError, match="of another network than the one in .*config.json"),
-    ):
-        load(run)
-    (run / "config.json").write_text("")
-    for use in (lambda: load(run), lambda: train(TrainConfig(**TINY), run, progress=False)):
-        with pytest.raises(ValueError, match="config.json is not the configuration of a run"):
-            use()
-
-
-def test_resume_on_other_images(tmp_path, monkeypatch):
-    run = train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
-    real = digits()
-    monkeypatch.setattr(
-        training, "load_images", lambda config: dataclasses.replace(real, fingerprint="another")
-    )
-    with pytest.raises(ValueError, match="trained on other images"):
-        train(TrainConfig(**{**TINY, "epochs": 2}), run, progress=False)
-
-
-def test_a_run_that_never_took_a_step_gives_way(tmp_path, monkeypatch):
-    "A setting that fails late (here: the disk) must not leave a directory that refuses the corrected setting."
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "check_disk", lambda out, needed: (_ for _ in ()).throw(OSError("full")))
-        with pytest.raises(OSError):
-            train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
-    train(TrainConfig(**{**TINY, "epochs": 1, "lr": 1e-3}), tmp_path / "run", progress=False)
 
 
 def test_longer_run_is_the_long_run(tmp_path):
@@ -471,8 +266,8 @@ def test_flipped_samples_keep_the_store_in_one_orientation(tmp_path, monkeypatch
         seen.append((part.x0, part.estimate))
         return original.loss(model, d, schedule, part, estimate)
 
-    original = training.OBJECTIVES["paper"]
-    monkeypatch.setitem(training.OBJECTIVES, "paper", original._replace(loss=watch))
+    original = OBJECTIVES["paper"]
+    monkeypatch.setitem(OBJECTIVES, "paper", original._replace(loss=watch))
     monkeypatch.setattr(
         training,
         "draw",
@@ -556,14 +351,14 @@ def test_a_store_file_that_an_abandoned_run_left_is_not_read(tmp_path):
 def test_the_rate_falls_over_the_last_share(tmp_path):
     "lr_decay: Adam's own rate, read at each step, is constant, then falls linearly; a run stopped in the fall ends where the whole one does; 0 leaves the paper's constant."
     fields, seen = {**TINY, "epochs": 1, "checkpoint_every": 5, "lr": 1e-3, "lr_decay": 0.5}, []
-    run = training.Run(TrainConfig(**fields), tmp_path / "whole")
+    run = training.start_run(TrainConfig(**fields), tmp_path / "whole")
     while run.done < run.steps:
         training.step(run)
         seen.append(run.optimizer.param_groups[0]["lr"])
     torch.testing.assert_close(
         torch.tensor(seen), 1e-3 * ((1 - torch.arange(len(seen)) / len(seen)) / 0.5).clamp(max=1)
     )
-    assert seen[0] == 1e-3 and training.learning_rate(TrainConfig(**{**TINY, "lr": 1e-3}), 0.99) == 1e-3
+    assert seen[0] == 1e-3 and learning_rate(TrainConfig(**{**TINY, "lr": 1e-3}), 0.99) == 1e-3
     training.save(run)
 
     def stop(record):
@@ -585,30 +380,6 @@ def test_the_rate_falls_over_the_last_share(tmp_path):
             TrainConfig(**{**TINY, "lr_decay": wrong})
 
 
-def test_levels_are_drawn_evenly():
-    "u: one in each n-th of (0, 1), in an order that changes, so a batch meets every noise level; different steps differ."
-    config = TrainConfig(**{**TINY, "objective": "consistency"})
-    a, b = (training.draw(config, step, 50)["u"] for step in (3, 4))
-    for u in (a, b):
-        assert torch.equal((u * 50).floor().sort().values, torch.arange(50.0)) and not torch.equal(
-            u, u.sort().values
-        )
-    assert not torch.equal(a, b) and torch.equal(a, training.draw(config, 3, 50)["u"])
-
-
-def test_drop_last_leaves_out_the_smaller_batch_and_nothing_else(tmp_path):
-    for n, batch, world in ((1797, 128, 1), (100, 7, 3), (64, 8, 2)):
-        whole, full = (epoch_batches(n, batch, 5, 2, world, drop) for drop in (False, True))
-        assert len(full) == n // batch and all(sum(map(len, shares)) == batch for shares in full)
-        assert all(torch.equal(a, b) for k, shares in enumerate(full) for a, b in zip(shares, whole[k]))
-    run = training.Run(
-        TrainConfig(**{**TINY, "batch": 700, "objective": "consistency", "drop_last": True}), tmp_path / "run"
-    )
-    assert run.steps == 2 * 4
-    with pytest.raises(ValueError, match="keeps a store"):
-        TrainConfig(**{**TINY, "drop_last": True})
-
-
 def test_a_distance_that_has_not_seen_imagenet_trains(tmp_path):
     "`distance_options: {features: digits}`: Pseudo-LPIPS on a trunk of our own, by name, through checkpoint and resume."
     fields = dict(
@@ -626,65 +397,7 @@ def test_a_distance_that_has_not_seen_imagenet_trains(tmp_path):
     losses = [r["loss"] for r in history(tmp_path / "run")]
     assert len(losses) and all(math.isfinite(v) and v > 0 for v in losses)
     with pytest.raises(ValueError, match="digts"):
-        training.open_distance(TrainConfig(**{**fields, "distance_options": dict(features="digts")}))
-
-
-def test_disks_that_cannot_lock_or_flush_folders_warn(tmp_path, monkeypatch):
-    "flock on Lustre or FUSE, fsync of a folder on CIFS, no fcntl on Windows: the run goes on."
-    config, real = TrainConfig(**{**TINY, "epochs": 1}), os.fsync
-
-    def refuse(*args):
-        raise OSError(errno.ENOSYS, "not implemented")
-
-    def no_folders(fd):
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "invalid")
-        real(fd)
-
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be locked"):
-        patch.setattr("fcntl.flock", refuse)
-        train(config, tmp_path / "unlocked", progress=False)
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot be locked .*no flock"):
-        patch.setattr(store_module, "fcntl", None)
-        train(config, tmp_path / "windows", progress=False)
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot flush a folder"):
-        patch.setattr(os, "fsync", no_folders)
-        train(config, tmp_path / "unflushed", progress=False)
-    assert_same_run(tmp_path / "unlocked", tmp_path / "unflushed")
-
-
-def test_home_is_expanded(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "home").mkdir()
-    train(TrainConfig(**{**TINY, "epochs": 1, "store_path": "~/rows"}), "~/run", progress=False)
-    assert {p.name for p in (tmp_path / "home").iterdir()} == {"run", "rows"} and not (
-        tmp_path / "~"
-    ).exists()
-    assert load("~/run") is not None
-
-
-def test_a_run_on_images_that_moved_goes_on(tmp_path, monkeypatch):
-    "Spelt otherwise, or elsewhere: the same pictures. Others are refused."
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DDDM_CACHE", str(tmp_path / "cache"))
-    for folder, first in (("pics", 0), ("elsewhere", 0), ("others", 9)):
-        (tmp_path / folder).mkdir()
-        for i in range(8):
-            Image.new("RGB", (8, 8), (first + i, 9, 9)).save(tmp_path / folder / f"{i}.png")
-    fields = {
-        **TINY,
-        "shape": (3, 8, 8),
-        "batch": 4,
-        "net": dict(base=8, multipliers=(1,), attention=(), estimate=(8,)),
-    }
-    config = lambda data, epochs: TrainConfig(**{**fields, "data": data, "epochs": epochs})
-    train(config("pics", 1), "run", progress=False)
-    assert "pics: 8 images of 8x8, RGB" in (tmp_path / "run" / "data.txt").read_text()
-    for epochs, data in enumerate(("pics/", str(tmp_path / "pics"), "elsewhere"), 2):
-        train(config(data, epochs), "run", progress=False)
-    with pytest.raises(ValueError, match="other images"):
-        train(config("others", 6), "run", progress=False)
+        passes.open_distance(TrainConfig(**{**fields, "distance_options": dict(features="digts")}))
 
 
 @pytest.mark.slow
@@ -692,7 +405,7 @@ def test_the_slurm_script_saves_and_queues_again(tmp_path, root):
     "The script of the notebook, on two ranks: SIGTERM, as SLURM sends it, leaves a checkpoint and a job in the queue."
     text = next(
         c["source"]
-        for c in json.loads((root / "nbs" / "09_training.ipynb").read_text())["cells"]
+        for c in json.loads((root / "nbs" / "09c_training.ipynb").read_text())["cells"]
         if "#SBATCH" in "".join(c["source"])
     )
     script = (

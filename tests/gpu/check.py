@@ -10,10 +10,11 @@ from statistics import median
 import torch
 from stages import Job, noise_folder, objective_loss, random_part
 
-from dddm.objectives import ESTIMATES, OBJECTIVES, estimate_of, generate, needs_store
+from dddm.objectives import ESTIMATES, OBJECTIVES, estimate_of, needs_store
 from dddm.presets import preset
+from dddm.runs import history, load
 from dddm.sampling import sample
-from dddm.training import Run, build, history, load, step, train
+from dddm.training import start_run, step, train
 
 job = Job(__doc__)
 cuda, device = job.cuda, job.device
@@ -35,7 +36,7 @@ def large(**changes):
 def open_run(config):
     "A run in a new directory, after the epoch that fills its store."
     torch._dynamo.reset()  # a second micro-batch would make sizes symbolic
-    run = Run(config, Path(tempfile.mkdtemp()) / "run")
+    run = start_run(config, Path(tempfile.mkdtemp()) / "run")
     steps = 1 + (run.steps_per_epoch if needs_store(config.objective, config.estimate) else 1)
     for _ in range(steps):
         step(run)
@@ -150,8 +151,8 @@ def whole_runs():
             train(config, parts, progress=False)
         a, b = load(whole), load(parts)
         weights = [torch.cat([p.flatten() for p in m.parameters()]).detach() for m in (a, b)]
-        here = generate(copy.deepcopy(a).to(device), n=32, steps=(1, 3))
-        there = generate(a, n=32, steps=(1, 3))
+        here = sample(copy.deepcopy(a).to(device), 32, (1, 3))
+        there = sample(a, 32, (1, 3))
         losses = [record["loss"] for record in history(parts)]
         samples_differ = max(difference(here[s], there[s]) for s in here)
         found[objective] = dict(
@@ -220,7 +221,7 @@ def compiled():
 def choices():
     "What a run decides by itself: micro-batch, compiled passes, number format."
     torch._dynamo.reset()
-    run = Run(large(), Path(tempfile.mkdtemp()) / "run")
+    run = start_run(large(), Path(tempfile.mkdtemp()) / "run")
     return dict(micro_batch=run.micro_batch, compiled=run.compiled, dtype=str(run.dtype))
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from stages import Job
 
-from dddm.objectives import generate
+from dddm.pictures import save_grid
 from dddm.presets import preset
-from dddm.sampling import draws, save_grid
-from dddm.training import Run, step
+from dddm.sampling import draws, sample
+from dddm.training import step
 
 ARMS = {  # name: fields that differ; other networks belong here, too
     "store": dict(estimate="store"),
@@ -60,7 +60,7 @@ def errors(run, n=512):
 
 def open_arm(name):
     "A run of the arm, after the steps that fill its store and compile its network."
-    run = Run(configuration(**ARMS[name]), Path(tempfile.mkdtemp()) / name)
+    run = start_run(configuration(**ARMS[name]), Path(tempfile.mkdtemp()) / name)
     for _ in range(3):
         step(run)
     return run
@@ -78,7 +78,7 @@ def train_arm(name, steps):
         step(run)
     job.wait()
     took = (time.perf_counter() - began) / max(run.done - opened, 1)
-    samples = generate(run.ema, n=24, steps=(1, 5))
+    samples = sample(run.ema, 24, (1, 5))
     save_grid(torch.cat(list(samples.values())), job.out / f"grid-{name}.png", columns=12)
     job.results.setdefault("arms", {})[name] = dict(
         steps=run.done,

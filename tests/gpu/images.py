@@ -14,11 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from stages import Job
 
-from dddm.metrics import evaluate, load_extractor, reference_features
-from dddm.objectives import generate
+from dddm.config import build
+from dddm.extractors import load_extractor, reference_features
+from dddm.metrics import evaluate
+from dddm.pictures import save_grid
 from dddm.presets import preset
-from dddm.sampling import save_grid
-from dddm.training import Run, build, step
+from dddm.sampling import sample
+from dddm.training import step
 
 FILES, LARGEST = 3, 16 * 2**20  # weights come back in so many files, each smaller than this
 NET = dict(base=96, blocks=2, dropout=0.1)  # 22.7 M parameters
@@ -87,7 +89,7 @@ def read_weights(folder):
 def open_run():
     "(The run, the share of training done before), compiled on a GPU where that works."
     for compile in (True, False) if cuda else (False,):
-        run = Run(configuration(compile), Path(tempfile.mkdtemp()) / "run")
+        run = start_run(configuration(compile), Path(tempfile.mkdtemp()) / "run")
         before = 0.0
         if job.options.weights:
             state, before = read_weights(job.options.weights)
@@ -115,7 +117,7 @@ rows = []  # pictures of each scoring
 def score(run, reference):
     "Keep the weights, a row of pictures and the Fréchet distance at `STEPS`; returns the seconds it took."
     begin = time.perf_counter()
-    images = generate(run.ema, n=SCORED, steps=STEPS, batch_size=1024 if cuda else 200)
+    images = sample(run.ema, SCORED, STEPS, batch_size=1024 if cuda else 200)
     rows.append(torch.cat([x[:8] for x in images.values()]))  # one row a scoring
     save_grid(torch.cat(rows), job.out / "grids.png", columns=8 * len(STEPS))
     save_grid(torch.cat([x[:64] for x in images.values()]), job.out / "last.png", columns=16)
@@ -177,7 +179,7 @@ def reload():
     state, progress = read_weights(job.out)
     model = build(configuration(False))
     model.load_state_dict(state)
-    x = generate(model.to(job.device).eval(), n=16, steps=(1,))[1]
+    x = sample(model.to(job.device).eval(), 16)
     sizes = [(job.out / f"weights-{k}.safetensors").stat().st_size for k in range(FILES)]
     if max(sizes) >= LARGEST:
         raise ValueError(f"files of {sizes} bytes: more than the {LARGEST} that come back")

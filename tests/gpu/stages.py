@@ -174,5 +174,5 @@ def random_part(config, n, device="cpu"):
 def objective_loss(model, config, part):
     "The configuration's objective on a `Part`: distances [B]."
     d = distance(config.distance, c=config.c).to(part.x0.device)
-    options = (config.estimate, config.levels, config.rungs)
+    options = (config.estimate, config.levels, config.level_distribution)
     return objective_value(config.objective, model, d, model.schedule, part, *options)[0]
