@@ -25,7 +25,7 @@ from .extractors import LIBRARY, Extractor, Features, extract, load_extractor, r
 from .metrics import class_counts, copied_noise, energy_distance, measure, memorisation
 from .objectives import OBJECTIVES, Batch, estimate_of, needs_store, network_estimate
 from .passes import load_images, open_distance, open_store
-from .presets import FEW_STEPS, PRESETS, REPAIR, preset
+from .presets import CONSISTENCY, FEW_STEPS, PRESETS, preset
 from .runs import history, load, newest_checkpoint, step_of
 from .sampling import check_tolerance, draws, sample, step_counts, times_down
 from .store import whole_file
@@ -308,10 +308,10 @@ class Variant:
     sets: tuple = ()  # names of the sets that it belongs to
 
 # %% ../nbs/12_study.ipynb #12-study-022
-def repair_settings(preset_name: str) -> dict:
-    "What the preset's namesake `…-consistency`, or else the repair, sets beside the objective."
+def recipe_settings(preset_name: str) -> dict:
+    "What the preset's namesake `…-consistency`, or else the consistency recipe, sets beside the objective."
     wanted = ("level_distribution", "levels", "drop_last", "lr", "lr_decay")
-    fields = PRESETS.get(f"{preset_name}-consistency", REPAIR)
+    fields = PRESETS.get(f"{preset_name}-consistency", CONSISTENCY)
     return {name: fields[name] for name in wanted if name in fields}
 
 
@@ -321,10 +321,11 @@ def without(fields: dict, *names: str) -> dict:
 
 def objective_variants(preset_name: str) -> list[Variant]:
     "Objectives, estimates and baselines."
-    rising = repair_settings(preset_name)
+    rising = recipe_settings(preset_name)
     falling = {name: rising[name] for name in ("lr", "lr_decay") if name in rising}
     few_steps = {**without(rising, "level_distribution", "levels"), **without(FEW_STEPS, "sampler")}
     every_row = without(rising, "drop_last")
+    lognormal = dict(level_distribution="lognormal")
     square = dict(distance="squared_l2", c=0.0)
     # fmt: off
     table = [
@@ -339,9 +340,9 @@ def objective_variants(preset_name: str) -> list[Variant]:
         ("consistency",                    "consistency",          None,       rising,    "iterate renoise"),
         ("consistency, noise",             "consistency",          "noise",    rising,    "iterate"),
         ("consistency, store",             "consistency",          "store",    every_row, "iterate"),
-        ("consistency, lognormal",         "consistency",          None,       {},        "iterate renoise"),
+        ("consistency, lognormal",         "consistency",          None,       lognormal, "iterate renoise"),
         ("improved consistency",           "improved_consistency", None,       rising,    "renoise"),
-        ("improved consistency, lognormal", "improved_consistency", None,      {},        "renoise"),
+        ("improved consistency, lognormal", "improved_consistency", None,      lognormal, "renoise"),
         ("consistency, few steps",         "consistency",          None,       few_steps, "renoise iterate"),
         ("improved consistency, few steps", "improved_consistency", None,      few_steps, "renoise"),
         ("regression",                     "regression",           None,       square,    "ddim"),
@@ -363,7 +364,7 @@ def distance_variant(preset_name, objective: str, d: str, c: float | None, featu
     "An objective with the distance d; c: of the pseudo distances, None for the others."
     fields = dict(objective=objective, distance=d, c=c or 0.0)
     if "consistency" in objective:
-        fields |= repair_settings(preset_name)
+        fields |= recipe_settings(preset_name)
     if "lpips" in d and features is not None:
         fields["distance_options"] = dict(features=features)
     name = f"{objective}, {d}" + ("" if c is None else f", c = {c:g}")
@@ -408,10 +409,10 @@ def T_variants(preset_name: str, T_values=(1000, 2000, 4000), epochs: int | None
 
 def recipe_variants(preset_name: str) -> list[Variant]:
     "The settings of `consistency`: which levels, which rate, and whether an epoch's last batch is left out."
-    repair = repair_settings(preset_name)
+    recipe = recipe_settings(preset_name)
     rates = {
         "constant": dict(lr=preset(preset_name).lr, lr_decay=0.0),
-        "falling": {name: repair[name] for name in ("lr", "lr_decay") if name in repair},
+        "falling": {name: recipe[name] for name in ("lr", "lr_decay") if name in recipe},
     }
     variants = []
     for levels in ("lognormal", "rising"):

@@ -30,9 +30,9 @@ NAMES = ["paper", "consistency"]
 
 
 def tiny(folder, **changes):
-    "Two variants, one seed, two numbers of steps, five epochs of three steps."
+    "Two variants, one seed, two numbers of steps, two epochs of three steps."
     fields = dict(
-        variants=chosen_variants(names=NAMES), seeds=(0,), epochs=5, n=40, steps=(1, 2), overrides=TINY
+        variants=chosen_variants(names=NAMES), seeds=(0,), epochs=2, n=40, steps=(1, 2), overrides=TINY
     )
     return Study(folder, **{**fields, **changes})
 
@@ -61,12 +61,12 @@ def test_what_a_study_measures(finished):
         assert all(r.n == 40 and r.seed == 0 and r.training_step is None for r in rows)
     assert min(values(found.rows, "fd")) > 0
     for name in NAMES:
-        assert list(course(found.rows, name)) == [2, 4, 6, 8, 10, 12, 14, 15] if name == "paper" else True
+        assert list(course(found.rows, name)) == list(range(1, 7 if name == "paper" else 5))  # drop_last
         (error,) = values(found.rows, "error_mean", variant=name)
         assert 0.2 < error < 0.4
-    (end,) = values(found.rows, "fd", variant="paper", training_step=15)
+    (end,) = values(found.rows, "fd", variant="paper", training_step=6)
     assert end == values(found.rows, "fd", variant="paper", steps=1)[0]
-    assert found.config["sets"] == {"objectives": NAMES} and found.config["epochs"] == 5
+    assert found.config["sets"] == {"objectives": NAMES} and found.config["epochs"] == 2
     assert found.config["variants"]["paper"] == {}
     assert found.config["variants"]["consistency"]["level_distribution"] == "rising"
     assert found.provenance["command"] == "the command" and found.provenance["torch"] == torch.__version__
@@ -119,8 +119,7 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch, finished, function, calls
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(study_room, function, killed)
         study.run()
-    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("consistency-0.json")}
-    assert not done
+    assert not (tmp_path / "consistency-0.json").exists() or function == "measure_gap"
     study.run()
     again, before = (s.gather(tmp_path / "r.json").rows for s in (study, whole))
     assert sorted(map(repr, scores_of(again))) == sorted(map(repr, scores_of(before)))
@@ -150,7 +149,7 @@ def test_another_request_is_refused(finished):
     with pytest.raises(ValueError, match="n: 40 there, 32 here.*choose another `out`"):
         replace(whole, n=32).run()
     with pytest.raises(ValueError, match="was made otherwise"):
-        replace(whole, epochs=6).run()
+        replace(whole, epochs=3).run()
 
 
 def test_gather_of_nothing(tmp_path):
