@@ -469,7 +469,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'dddm.passes.fitting_micro_batch': ('passes.html#fitting_micro_batch', 'dddm/passes.py'),
                              'dddm.passes.hours_left': ('passes.html#hours_left', 'dddm/passes.py'),
                              'dddm.passes.load_images': ('passes.html#load_images', 'dddm/passes.py'),
-                             'dddm.passes.make_part': ('passes.html#make_part', 'dddm/passes.py'),
+                             'dddm.passes.make_batch': ('passes.html#make_batch', 'dddm/passes.py'),
                              'dddm.passes.memory_in_use': ('passes.html#memory_in_use', 'dddm/passes.py'),
                              'dddm.passes.memory_of_trial': ('passes.html#memory_of_trial', 'dddm/passes.py'),
                              'dddm.passes.open_distance': ('passes.html#open_distance', 'dddm/passes.py'),

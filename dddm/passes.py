@@ -29,7 +29,7 @@ from .config import TrainConfig, build, draw, epoch_batches
 from .features import trunk
 from .losses import distance
 from .model import DDDM
-from .objectives import OBJECTIVES, Part, estimate_of, needs_store
+from .objectives import OBJECTIVES, Batch, estimate_of, needs_store
 from .runs import open_directory, size_text
 from .sampling import has_bfloat16
 from .store import EstimateStore, queued, to_device, whole_file
@@ -40,7 +40,7 @@ def step_dtype(config: TrainConfig, device) -> torch.dtype:
     """The number format of a training step's products: torch.bfloat16 or torch.float32.
 
     precision="auto" is bfloat16 on a GPU that has it, unless the objective takes differences of answers that
-    nearly agree (`Objective.exact`). Raises `ValueError` where bfloat16 is asked of a GPU without it.
+    nearly agree (`Objective.levels`). Raises `ValueError` where bfloat16 is asked of a GPU without it.
     """
     able = has_bfloat16(device)
     if config.precision == "bfloat16" and device.type == "cuda" and not able:
@@ -49,7 +49,7 @@ def step_dtype(config: TrainConfig, device) -> torch.dtype:
             "take 'float32' or 'auto'"
         )
     if config.precision == "auto":
-        return torch.bfloat16 if able and not OBJECTIVES[config.objective].exact else torch.float32
+        return torch.bfloat16 if able and not OBJECTIVES[config.objective].levels else torch.float32
     return getattr(torch, config.precision)
 
 
@@ -303,18 +303,16 @@ def run_pass(run: Run, index: torch.Tensor, draws: dict, compiled: bool | None =
     """
     c, n = run.config, len(index)
     compiled = run.compiled if compiled is None else compiled
-    part = make_part(run, index, draws)
-    whole, keep = padded(part, run.micro_batch) if compiled else (part, None)
+    batch = make_batch(run, index, draws)
+    whole, keep = padded(batch, run.micro_batch) if compiled else (batch, None)
     compute = run.compute if compiled else pass_value
     objective, estimate = OBJECTIVES[c.objective], estimate_of(c.objective, c.estimate)
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        loss, values, rows = compute(
-            objective.loss, run.model, run.d, run.model.schedule, whole, estimate, keep
-        )
-    return Pass(loss, values[:n], None if rows is None else rows[:n], part.t)
+        loss, values, rows = compute(objective.loss, run.model, run.d, whole, estimate, keep)
+    return Pass(loss, values[:n], None if rows is None else rows[:n], batch.t)
 
 
-def make_part(run: Run, index: torch.Tensor, draws: dict) -> Part:
+def make_batch(run: Run, index: torch.Tensor, draws: dict) -> Batch:
     """What the objective sees of the samples `index`: images, estimates and draws.
 
     Images and estimates are mirrored where that was drawn.
@@ -324,41 +322,41 @@ def make_part(run: Run, index: torch.Tensor, draws: dict) -> Part:
     mirror = (lambda x: x) if flips is None else (lambda x: images.flip(x, flips))
     x0, label = run.data.get(index, run.device)
     stored = None if run.store is None else mirror(to_device(run.store.read(index), run.device))
-    if len(index) == 1 and "first" in draws and stored is not None:
-        stored = draws["first"]  # "shuffled", with no other to take
-    part = Part(
+    if len(index) == 1 and "estimate_noise" in draws and stored is not None:
+        stored = draws["estimate_noise"]  # "shuffled", with no other to take
+    batch = Batch(
         mirror(x0),
-        stored,
+        stored=stored,
         label=label if c.classes else None,
         progress=run.done / run.steps,
         epoch=run.epoch,
         **draws,
     )
     prepare = OBJECTIVES[c.objective].prepare
-    return prepare(part, run.model.schedule, level_range=c.levels, rungs=c.level_distribution)
+    return prepare(batch, run.model.schedule, c.levels, c.level_distribution)
 
 
-def padded(part: Part, size: int) -> tuple[Part, torch.Tensor]:
-    """`part` with `size` rows, its last one again where it has fewer.
+def padded(batch: Batch, size: int) -> tuple[Batch, torch.Tensor]:
+    """`batch` with `size` rows, its last one again where it has fewer.
 
     And keep [size]: 1 where a row counts, 0 where it fills up.
     """
-    n = len(part.x0)
-    place = torch.arange(size, device=part.x0.device)
+    n = len(batch.x0)
+    place = torch.arange(size, device=batch.x0.device)
     keep = (place < n).float()
     if n == size:
-        return part, keep
+        return batch, keep
     rows = lambda v: v[place.clamp(max=n - 1)] if torch.is_tensor(v) and v.ndim else v
-    return dataclasses.replace(part, **{k: rows(v) for k, v in vars(part).items()}), keep
+    return dataclasses.replace(batch, **{k: rows(v) for k, v in vars(batch).items()}), keep
 
 
-def pass_value(loss, model, d, schedule, part: Part, estimate: str, keep: torch.Tensor | None):
+def pass_value(loss, model, d, batch: Batch, estimate: str, keep: torch.Tensor | None):
     """The sum of the objective's values, the values [B], and the rows for the store or None.
 
     loss: of `Objective`; keep: [B], 1 for a row that counts and 0 for one that fills up, or None.
     Compiled, this is the one graph.
     """
-    value, row = loss(model, d, schedule, part, estimate)
+    value, row = loss(model, d, batch, estimate)
     if keep is not None:
         value = value * keep
     return value.sum(), value.detach(), row
