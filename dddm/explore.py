@@ -34,8 +34,9 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from . import config, runs, training
+from . import runs, training
 from .checks import check_count, refuse_unknown
+from .config import MACHINE, TrainConfig, build
 from .data import KNOWN, Images, digits
 from .features import FEATURES, trunk
 from .losses import distance, pseudo
@@ -51,15 +52,13 @@ FORMAT = "dddm-model-1"
 
 
 def export_model(run_directory, path, description: str, command: str) -> str:
-    """Write the averaged weights of a run to `path` (.safetensors) as float16, with its configuration (but for `config.MACHINE` and paths of yours: of a folder of images the name is left), one line on it, and the `command` that trained it.
+    """Write the averaged weights of a run to `path` (.safetensors) as float16, with its configuration (but for `dddm.config.MACHINE` and paths of yours: of a folder of images the name is left), one line on it, and the `command` that trained it.
 
     Returns the file's sha256. The same run gives the same bytes. Raises what `runs.load` raises.
     """
     model, run = runs.load(run_directory), Path(run_directory)
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    config = {
-        k: v for k, v in json.loads((run / "config.json").read_text()).items() if k not in config.MACHINE
-    }
+    config = {k: v for k, v in json.loads((run / "config.json").read_text()).items() if k not in MACHINE}
     if config.get("store_path"):
         del config["store_path"]
     if config["data"] not in ("digits", *KNOWN):
@@ -93,7 +92,7 @@ def about_model(path) -> dict:
 def read_model(path) -> DDDM:
     "The model in a file of `export_model`, in eval mode, float32, on the CPU."
     try:
-        model = config.build(config.TrainConfig.from_dict(about_model(path)["config"]))
+        model = build(TrainConfig.from_dict(about_model(path)["config"]))
         weights = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
         model.load_state_dict(weights)
     except (RuntimeError, TypeError) as e:
