@@ -75,7 +75,7 @@ class TrainConfig:
     objective: str          = option("paper",        "a name of dddm.objectives.OBJECTIVES")
     estimate: str | None    = option(None,           "what fills the estimate; None: the objective's own")
     levels: tuple           = option((10, 80),       "fewest and most noise levels, for consistency")
-    level_distribution: str = option("lognormal",    "lognormal, uniform, rising, for consistency")
+    level_distribution: str = option("lognormal",    "how they are drawn: lognormal, uniform, rising")
     distance: str           = option("pseudo_huber", "d, a name that dddm.losses.distance takes")
     c: float                = option(0.0,            "c of a pseudo distance, at least 0")
     distance_options: dict  = option({},             "further arguments of dddm.losses.distance")
@@ -215,11 +215,12 @@ def __str__(self: TrainConfig) -> str:
 
 @patch
 def _repr_markdown_(self: TrainConfig) -> str:
-    "The fields as a table: name, value, meaning, and where the default is from."
-    lines = ["| field | value | meaning | default from |", "|---|---|---|---|"]
+    "The fields as a table: name, value, meaning, default and where that is from."
+    lines = ["| field | value | meaning | default, and where it is from |", "|---|---|---|---|"]
     for f in dataclasses.fields(self):
-        value, source = getattr(self, f.name), DEFAULT_FROM.get(f.name, "ours")
-        lines.append(f"| `{f.name}` | `{value!r}` | {f.metadata['meaning']} | {source} |")
+        default = {} if f.default is dataclasses.MISSING else f.default
+        source = f"`{default!r}`, {DEFAULT_FROM.get(f.name, 'ours')}"
+        lines.append(f"| `{f.name}` | `{getattr(self, f.name)!r}` | {f.metadata['meaning']} | {source} |")
     return "\n".join(lines)
 
 # %% ../nbs/09_config.ipynb #09-config-017
