@@ -246,8 +246,8 @@ def from_dict(cls: TrainConfig, fields: dict) -> "TrainConfig":
 
 # %% ../nbs/09_config.ipynb #09-config-018
 def todays_names(fields: dict) -> dict:
-    "The fields of a run's or a model's file from before `rungs` and the sampler `fixed` were renamed."
-    # The one place where old names are read. Runs, shipped weights and job files made before 0.2 hold them.
+    "The fields of a file, with today's names in place of `rungs` and of the sampler `fixed`."
+    # The one place where these old names are read: runs, shipped weights and job files of before hold them.
     fields = {"level_distribution" if name == "rungs" else name: value for name, value in fields.items()}
     if fields.get("sampler") == "fixed":
         fields["sampler"] = "iterate"

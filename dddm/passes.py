@@ -412,7 +412,7 @@ def memory_of_trial(run: Run, n: int) -> int:
 def fitting_micro_batch(run: Run, free: int, compiled: bool) -> int:
     """The largest of this rank's share, its half, its quarter … that fits into `free` bytes of the GPU.
 
-    Judged from passes of 8 and 16 samples; a share of up to 16 is taken untried.
+    Estimated from passes of 8 and 16 samples; a share of up to 16 is taken untried.
     A compiled pass keeps less than an eager one; it is counted as 0.6 of it.
     """
     share = math.ceil(run.config.batch / run.world)
