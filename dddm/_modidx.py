@@ -478,6 +478,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'dddm.passes.padded': ('passes.html#padded', 'dddm/passes.py'),
                              'dddm.passes.pass_value': ('passes.html#pass_value', 'dddm/passes.py'),
                              'dddm.passes.place_images': ('passes.html#place_images', 'dddm/passes.py'),
+                             'dddm.passes.place_run': ('passes.html#place_run', 'dddm/passes.py'),
                              'dddm.passes.run_pass': ('passes.html#run_pass', 'dddm/passes.py'),
                              'dddm.passes.set_dropout': ('passes.html#set_dropout', 'dddm/passes.py'),
                              'dddm.passes.start_accelerator': ('passes.html#start_accelerator', 'dddm/passes.py'),

@@ -76,7 +76,7 @@ class TrainConfig:
     objective: str          = option("paper",        "a name of dddm.objectives.OBJECTIVES")
     estimate: str | None    = option(None,           "what fills the estimate; None: the objective's own")
     levels: tuple           = option((10, 80),       "fewest and most noise levels, for consistency")
-    level_distribution: str = option("lognormal",    "lognormal, uniform, rising, for consistency")
+    level_distribution: str = option("lognormal",    "how they are drawn: lognormal, uniform, rising")
     distance: str           = option("pseudo_huber", "d, a name that dddm.losses.distance takes")
     c: float                = option(0.0,            "c of a pseudo distance, at least 0")
     distance_options: dict  = option({},             "further arguments of dddm.losses.distance")
@@ -216,11 +216,12 @@ def __str__(self: TrainConfig) -> str:
 
 @patch
 def _repr_markdown_(self: TrainConfig) -> str:
-    "The fields as a table: name, value, meaning, and where the default is from."
-    lines = ["| field | value | meaning | default from |", "|---|---|---|---|"]
+    "The fields as a table: name, value, meaning, default and where that is from."
+    lines = ["| field | value | meaning | default, and where it is from |", "|---|---|---|---|"]
     for f in dataclasses.fields(self):
-        value, source = getattr(self, f.name), DEFAULT_FROM.get(f.name, "ours")
-        lines.append(f"| `{f.name}` | `{value!r}` | {f.metadata['meaning']} | {source} |")
+        default = {} if f.default is dataclasses.MISSING else f.default
+        source = f"`{default!r}`, {DEFAULT_FROM.get(f.name, 'ours')}"
+        lines.append(f"| `{f.name}` | `{getattr(self, f.name)!r}` | {f.metadata['meaning']} | {source} |")
     return "\n".join(lines)
 
 # %% ../nbs/09_config.ipynb #09-config-017
@@ -246,8 +247,8 @@ def from_dict(cls: TrainConfig, fields: dict) -> "TrainConfig":
 
 # %% ../nbs/09_config.ipynb #09-config-018
 def todays_names(fields: dict) -> dict:
-    "The fields of a run's or a model's file from before `rungs` and the sampler `fixed` were renamed."
-    # The one place where old names are read. Runs, shipped weights and job files made before 0.2 hold them.
+    "The fields of a file, with today's names in place of `rungs` and of the sampler `fixed`."
+    # The one place where these old names are read: runs, shipped weights and job files of before hold them.
     fields = {"level_distribution" if name == "rungs" else name: value for name, value in fields.items()}
     if fields.get("sampler") == "fixed":
         fields["sampler"] = "iterate"

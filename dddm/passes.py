@@ -241,34 +241,42 @@ def open_run(
     """
     out = Path(out).expanduser()
     accelerator = start_accelerator(config, out)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    if device.type == "cpu":
-        device = torch.device("cpu")  # Accelerate numbers CPUs (cpu:0), torch.load knows no number
-    dtype, model = step_dtype(config, device), build(config)
+    step_dtype(config, accelerator.device)  # refused here rather than later
+    model = build(config)
     with accelerator.local_main_process_first():  # one rank fetches and decodes, the others find it done
-        d, data = open_distance(config).to(device), load_images(config)
+        d, data = open_distance(config), load_images(config)
     check_data(config, data)
+    world = accelerator.num_processes
     batches = epoch_batches(len(data), config.batch, config.seed, 0, world, config.drop_last)
     if accelerator.is_main_process:
         open_directory(config, out, len(batches), resume, hold, back)
         with whole_file(out / "data.txt") as part:
             part.write_text(data.summary() + "\n")
     accelerator.wait_for_everyone()
-    data, model = place_images(data, device), model.to(device)
-    store = open_store(config, len(data), rank, world, device)
-    if store is not None and hold is not None:
-        hold.enter_context(store.owned((out / ".id").read_text(), str(out.absolute())))
+    run = place_run(config, out, accelerator, data, d, model, len(batches))
+    if run.store is not None and hold is not None:
+        hold.enter_context(run.store.owned((out / ".id").read_text(), str(out.absolute())))
+    return run
+
+
+def place_run(
+    config: TrainConfig, out: Path, accelerator: Accelerator, data, d, model, steps_per_epoch
+) -> Run:
+    "The record of a run, with images, weights and store on their devices."
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    if device.type == "cpu":
+        device = torch.device("cpu")  # Accelerate numbers CPUs (cpu:0), torch.load knows no number
     return Run(
         config=config,
         out=out,
         accelerator=accelerator,
         device=device,
-        dtype=dtype,
-        data=data,
-        d=d,
-        store=store,
-        **weights_of_run(config, model),
-        steps_per_epoch=len(batches),
+        dtype=step_dtype(config, device),
+        data=place_images(data, device),
+        d=d.to(device),
+        **weights_of_run(config, model.to(device)),
+        store=open_store(config, len(data), rank, world, device),
+        steps_per_epoch=steps_per_epoch,
         sums=torch.zeros(2, 4, dtype=torch.float64, device=device),
         micro_batch=config.micro_batch or math.ceil(config.batch / world),
         compute=pass_value,
@@ -402,7 +410,7 @@ def memory_of_trial(run: Run, n: int) -> int:
 def fitting_micro_batch(run: Run, free: int, compiled: bool) -> int:
     """The largest of this rank's share, its half, its quarter … that fits into `free` bytes of the GPU.
 
-    Judged from passes of 8 and 16 samples; a share of up to 16 is taken untried.
+    Estimated from passes of 8 and 16 samples; a share of up to 16 is taken untried.
     A compiled pass keeps less than an eager one; it is counted as 0.6 of it.
     """
     share = math.ceil(run.config.batch / run.world)
