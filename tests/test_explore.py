@@ -91,7 +91,11 @@ def test_trajectory_of_a_known_map():
 
 @pytest.mark.parametrize("sampler", ["ddim", "renoise"])
 def test_trajectory_of_another_sampler(sampler):
-    "Each kept number of steps is a run of its own from the same noise: DDIM's are those of `ddim`; re-noised images of a longer list are the same as those of a shorter one, and of a part of the batch."
+    """Each kept number of steps is a run of its own from the same noise.
+
+    DDIM's are those of `ddim`; re-noised images of a longer list are the same as those of a shorter one, and
+    of a part of the batch.
+    """
 
     def f(x_t, t, estimate, label):
         return (0.9 - 0.5 * t.reshape(-1, 1, 1, 1) / 1000) * x_t - 0.05 * estimate  # its F

@@ -44,7 +44,10 @@ def printed(path):
 
 
 def test_train_trains_samples_and_measures(root, tmp_path):
-    "The whole story at a size of seconds: configuration, curve, samples and numbers at 1, 2, 5, 20, 100 steps; a second start resumes."
+    """The whole story at a size of seconds.
+
+    Configuration, curve, samples and numbers at 1, 2, 5, 20, 100 steps; a second start resumes.
+    """
     done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", f"out: {tmp_path / 'run'}, {SMALL}")
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -82,7 +85,10 @@ def test_train_refuses_before_any_work(root, tmp_path, parameters, message):
     "notebook", ["10c_trust", "ablate", "benchmark", "classifiers", "compare", "evaluate", "train"]
 )
 def test_parameters_are_checked_once_and_their_cell_may_run_again(root, notebook):
-    "Its first cells as a kernel runs them: a name that is none stops it; after the notebook has run, changed parameters do not."
+    """Its first cells as a kernel runs them.
+
+    A name that is none stops it; after the notebook has run, changed parameters do not.
+    """
     code = [
         c.source for c in nbformat.read(root / "nbs" / f"{notebook}.ipynb", 4).cells if c.cell_type == "code"
     ]
@@ -105,7 +111,8 @@ def test_train_on_two_processes_and_a_zip_of_class_folders(root, tmp_path):
             z.write(tmp_path / "one.png", f"train/{'ab'[i % 2]}/{i:03d}.png")
     parameters = (
         f"out: {tmp_path / 'run'}, devices: 2, preset: digits, "
-        f"overrides: {{data: {tmp_path / 'pictures.zip'}, shape: [3, 16, 16], classes: 2, batch: 20, epochs: 2, device: cpu, net: {{base: 16, attention: [], estimate: [8]}}}}"
+        f"overrides: {{data: {tmp_path / 'pictures.zip'}, shape: [3, 16, 16], classes: 2, batch: 20, "
+        f"epochs: 2, device: cpu, net: {{base: 16, attention: [], estimate: [8]}}}}"
     )
     done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", parameters)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -172,7 +179,10 @@ def test_benchmark(root, tmp_path):
     ],
 )
 def test_a_job_of_many_runs_does_each_once(root, tmp_path, notebook, parameters, lines):
-    "Every arm is trained and scored, into a file beside the runs, not over the repository's; started again, the job reads what is there and trains only what is missing."
+    """Every arm is trained and scored, into a file beside the runs, not over the repository's.
+
+    Started again, the job reads what is there and trains only what is missing.
+    """
     small, written = (
         SMALL.replace("epochs: 1, ", ""),
         tmp_path / f"{'recipe' if 'recipe' in parameters else notebook.removesuffix('.ipynb')}-digits.json",
@@ -204,7 +214,8 @@ def test_compare_adds_what_a_piece_lacks_and_refuses_another_kind(root, tmp_path
             root,
             "compare.ipynb",
             tmp_path / "out.ipynb",
-            f"out: {tmp_path / 'runs'}, results: {tmp_path / 'r.json'}, epochs: 1, {changes}{', '.join(f'{k}: {v}' for k, v in fields.items())}, {small}",
+            f"out: {tmp_path / 'runs'}, results: {tmp_path / 'r.json'}, epochs: 1, {changes}"
+            f"{', '.join(f'{k}: {v}' for k, v in fields.items())}, {small}",
         )
 
     rows = lambda: {
@@ -242,7 +253,8 @@ def test_compiled_sampling_measures_the_same(root, tmp_path):
             root,
             "compare.ipynb",
             tmp_path / "out.ipynb",
-            f"train: true, out: {tmp_path / name}, results: {tmp_path / name}.json, epochs: 1, n: 64, seeds: [0], arms: [paper], steps: [1], {changes}{small}",
+            f"train: true, out: {tmp_path / name}, results: {tmp_path / name}.json, epochs: 1, n: 64, "
+            f"seeds: [0], arms: [paper], steps: [1], {changes}{small}",
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return {r["steps"]: r["fd"] for r in json.loads((tmp_path / f"{name}.json").read_text())["rows"]}
@@ -287,7 +299,10 @@ def test_a_job_of_many_runs_refuses_before_any_work(root, tmp_path, notebook, pa
 
 
 def test_a_preset_brings_its_objective(root, tmp_path):
-    "`-p preset digits-consistency` is all that the README says: the objective is the preset's, and a model with classes is sampled with them."
+    """`-p preset digits-consistency` is all that the README says.
+
+    The objective is the preset's, and a model with classes is sampled with them.
+    """
     done = papermill(
         root,
         "train.ipynb",
