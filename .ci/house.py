@@ -62,7 +62,7 @@ def imports(module: str) -> list[str]:
 
 def main() -> int:
     names, wide = public_names(), wide_lines()
-    shipped = "from dddm.zoo import from_pretrained, shipped\nfrom_pretrained(next(iter(shipped())))"
+    shipped = "from dddm.zoo import SHIPPED, Pretrained\nPretrained.from_pretrained(next(iter(SHIPPED)))"
     heavy = {"dddm.sampling": loaded("import dddm.sampling"), "a shipped model": loaded(shipped)}
     per_module = ", ".join(f"{m} {n}" for m, n in names.items())
     rows = [

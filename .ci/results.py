@@ -55,16 +55,25 @@ def section(path: pathlib.Path) -> str:
         most = max(seeds.values(), default=1)
         fewer = [f"{s} at {k} steps" for k, s in seeds.items() if s < most]
         parts.append(
-            f"**{name}** (objective {subject['objective']}, sampler {subject['sampler']}, {subject['epochs']} epochs, {subject['budget']}; n = {r.n:,} against the {r.reference_n:,} images of {about['data']}, "
-            f"extractor {r.extractor} {r.weights[:8]}, {most} seed{'s' * (most > 1)}{''.join(', ' + f for f in fewer)}):\n\n"
+            f"**{name}** (objective {subject['objective']}, sampler {subject['sampler']}, "
+            f"{subject['epochs']} epochs, {subject['budget']}; n = {r.n:,} against the {r.reference_n:,} "
+            f"images of {about['data']}, "
+            f"extractor {r.extractor} {r.weights[:8]}, {most} seed{'s' * (most > 1)}"
+            f"{''.join(', ' + f for f in fewer)}):\n\n"
             + markdown(rows)
-            + f"\n\nFor comparison, {real['n']:,} real images against the other {real['reference_n']:,}: precision {real['precision']:.2f}, recall {real['recall']:.2f}."
+            + (
+                f"\n\nFor comparison, {real['n']:,} real images against the other {real['reference_n']:,}: "
+                f"precision {real['precision']:.2f}, recall {real['recall']:.2f}."
+            )
         )
     return "\n\n".join(parts)
 
 
 def compared(name: str) -> str:
-    "The table of a results file of compare.ipynb: Frechet distance by arm, sampler and number of steps, with the number of seeds."
+    """The table of a results file of compare.ipynb.
+
+    Frechet distance by arm, sampler and number of steps, with the number of seeds.
+    """
     if not (path := RESULTS / f"compare-{name}.json").exists():
         return "(not run yet)"
     found = json.loads(path.read_text())
@@ -88,7 +97,9 @@ def compared(name: str) -> str:
             }
         )
     return (
-        f"FD-{about['extractor']} (arms of notebook `compare`, {about['epochs']} epochs of {about['reference_n']:,} images, batch {about['batch']}, n = {about['n']:,}; as many real images are expected at {about['real']['fd']:.2g}); "
+        f"FD-{about['extractor']} (arms of notebook `compare`, {about['epochs']} epochs of "
+        f"{about['reference_n']:,} images, batch {about['batch']}, n = {about['n']:,}; as many real images "
+        f"are expected at {about['real']['fd']:.2g}); "
         f'mean [smallest, largest] over the seeds; "sure": share of samples with p >= 0.9, of the data {about["real"]["confident"]:.2g}:\n\n'
         + markdown(lines)
     )
@@ -176,13 +187,15 @@ def main(arguments) -> None:
             break
         else:
             raise SystemExit(
-                f"nbs/index.ipynb has no {begin.strip()}: put it and {end.strip()} where the tables shall stand"
+                f"nbs/index.ipynb has no {begin.strip()}: put it and {end.strip()} where the tables shall "
+                "stand"
             )
     if "--write" in arguments:
         index.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n")
     elif changed:
         raise SystemExit(
-            "nbs/index.ipynb does not have the tables that nbs/results gives: run `python .ci/results.py --write`, then `python .ci/readme.py`"
+            "nbs/index.ipynb does not have the tables that nbs/results gives: run `python .ci/results.py "
+            "--write`, then `python .ci/readme.py`"
         )
 
 

@@ -18,8 +18,9 @@ import torch
 from fastcore.basics import patch
 
 from .checks import refuse_unknown
+from .levels import LEVEL_DISTRIBUTIONS
 from .model import DDDM
-from .objectives import OBJECTIVES, RUNGS, assemble, estimate_of, needs_store, sampler_of, with_levels
+from .objectives import OBJECTIVES, assemble, estimate_of, needs_store
 from .schedule import VPSchedule
 from .unet import UNet
 
@@ -75,7 +76,7 @@ class TrainConfig:
     objective: str          = option("paper",        "a name of dddm.objectives.OBJECTIVES")
     estimate: str | None    = option(None,           "what fills the estimate; None: the objective's own")
     levels: tuple           = option((10, 80),       "fewest and most noise levels, for consistency")
-    level_distribution: str = option("lognormal",    "lognormal, uniform, rising, for consistency")
+    level_distribution: str = option("lognormal",    "how they are drawn: lognormal, uniform, rising")
     distance: str           = option("pseudo_huber", "d, a name that dddm.losses.distance takes")
     c: float                = option(0.0,            "c of a pseudo distance, at least 0")
     distance_options: dict  = option({},             "further arguments of dddm.losses.distance")
@@ -115,7 +116,7 @@ class TrainConfig:
 # %% ../nbs/09_config.ipynb #09-config-009
 CHOICES = dict(
     objective=tuple(OBJECTIVES),
-    level_distribution=RUNGS,
+    level_distribution=LEVEL_DISTRIBUTIONS,
     sampler=("iterate", "ddim", "renoise"),
     on_error=("stop", "skip"),
     precision=("auto", "float32", "bfloat16"),
@@ -215,11 +216,12 @@ def __str__(self: TrainConfig) -> str:
 
 @patch
 def _repr_markdown_(self: TrainConfig) -> str:
-    "The fields as a table: name, value, meaning, and where the default is from."
-    lines = ["| field | value | meaning | default from |", "|---|---|---|---|"]
+    "The fields as a table: name, value, meaning, default and where that is from."
+    lines = ["| field | value | meaning | default, and where it is from |", "|---|---|---|---|"]
     for f in dataclasses.fields(self):
-        value, source = getattr(self, f.name), DEFAULT_FROM.get(f.name, "ours")
-        lines.append(f"| `{f.name}` | `{value!r}` | {f.metadata['meaning']} | {source} |")
+        default = {} if f.default is dataclasses.MISSING else f.default
+        source = f"`{default!r}`, {DEFAULT_FROM.get(f.name, 'ours')}"
+        lines.append(f"| `{f.name}` | `{getattr(self, f.name)!r}` | {f.metadata['meaning']} | {source} |")
     return "\n".join(lines)
 
 # %% ../nbs/09_config.ipynb #09-config-017
@@ -245,8 +247,8 @@ def from_dict(cls: TrainConfig, fields: dict) -> "TrainConfig":
 
 # %% ../nbs/09_config.ipynb #09-config-018
 def todays_names(fields: dict) -> dict:
-    "The fields of a run's or a model's file from before `rungs` and the sampler `fixed` were renamed."
-    # The one place where old names are read. Runs, shipped weights and job files made before 0.2 hold them.
+    "The fields of a file, with today's names in place of `rungs` and of the sampler `fixed`."
+    # The one place where these old names are read: runs, shipped weights and job files of before hold them.
     fields = {"level_distribution" if name == "rungs" else name: value for name, value in fields.items()}
     if fields.get("sampler") == "fixed":
         fields["sampler"] = "iterate"
@@ -293,8 +295,8 @@ def epoch_batches(
 def draw(config: TrainConfig, step: int, n: int, device="cpu") -> dict[str, torch.Tensor]:
     r"""Step `step`'s random draws for n samples, by name, on `device`.
 
-    They are those that the configuration's objective uses; see `dddm.objectives.Part`.
-    t: long [n] ~ U{1..T}. noise, first, second: [n, C, H, W] ~ N(0, I).
+    They are those that the configuration's objective uses; see `dddm.objectives.Batch`.
+    t: long [n] ~ U{1..T}. noise, estimate_noise, estimate_noise_below: [n, C, H, W] ~ N(0, I).
     u: [n] ~ U(0, 1), one in each n-th of (0, 1), in random order. flips: bool [n], true with probability 1/2.
     """
     shape = (n, *config.shape)
@@ -306,15 +308,15 @@ def draw(config: TrainConfig, step: int, n: int, device="cpu") -> dict[str, torc
     if config.flip:
         draws["flips"] = torch.rand(n, generator=g, device=device) < 0.5
     estimate = estimate_of(config.objective, config.estimate)
-    takes_levels = OBJECTIVES[config.objective].prepare is with_levels
+    takes_levels = OBJECTIVES[config.objective].levels
     g = generator(device, config.seed, "estimate", step)
     if estimate in ("noise", "shuffled", "self"):
-        draws["first"] = torch.randn(shape, generator=g, device=device)
+        draws["estimate_noise"] = torch.randn(shape, generator=g, device=device)
     if takes_levels:
         order = torch.randperm(n, generator=g, device=device)
         draws["u"] = (order + torch.rand(n, generator=g, device=device)) / n
-    if takes_levels and "first" in draws:
-        draws["second"] = torch.randn(shape, generator=g, device=device)
+    if takes_levels and "estimate_noise" in draws:
+        draws["estimate_noise_below"] = torch.randn(shape, generator=g, device=device)
     return draws
 
 # %% ../nbs/09_config.ipynb #09-config-032
@@ -323,9 +325,8 @@ def build(config: TrainConfig) -> DDDM:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(step_seed(config.seed, "weights"))  # the CPU's alone
         net = UNet(shape=config.shape, classes=config.classes, **config.net)
-    sampler = "fixed" if config.sampler == "iterate" else config.sampler  # `dddm.objectives` calls it so
-    sampler = sampler_of(config.objective, sampler)
-    return assemble(config.objective, net, VPSchedule(config.T, config.beta_min, config.beta_max), sampler)
+    schedule = VPSchedule(config.T, config.beta_min, config.beta_max)
+    return assemble(config.objective, net, schedule, config.sampler)
 
 # %% ../nbs/09_config.ipynb #09-config-035
 def ema_decay(config: TrainConfig, step: int) -> float:

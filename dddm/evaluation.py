@@ -38,10 +38,18 @@ from dddm.extractors import (
 )
 from .features import FEATURES
 from .metrics import Memorisation, Result, frechet, measure, memorisation, precision_recall
-from .objectives import RENOISE_STREAM, SAMPLERS, from_noise
 from .passes import load_images
 from .runs import load, newest_checkpoint
-from .sampling import draws, iterate, number_format, sampling_dtype
+from dddm.sampling import (
+    RENOISE_STREAM,
+    SAMPLERS,
+    ddim,
+    draws,
+    iterate,
+    number_format,
+    renoise,
+    sampling_dtype,
+)
 from .store import decode, encode, seeded_normal, to_device, whole_file
 from .tables import PAPER, Measurement, beside_paper, load_results, mean_range, save_results, table
 
@@ -69,7 +77,7 @@ class Subject(NamedTuple):
     @property
     def goes_on(self) -> bool:
         "Whether the samples of more steps go on from those of fewer: algorithm 2."
-        return self.sampler == "fixed"
+        return self.sampler == "iterate"
 
 
 def open_subject(path, n: int, steps, sampler=None, data=None, precision="auto", device=None) -> Subject:
@@ -176,7 +184,10 @@ def advance(subject: Subject, seed: int, rows, before: KeptImages, steps: int, t
         def fresh(k):
             return to_device(seeded_normal(seed, rows, shape, stream=RENOISE_STREAM + k), device)
 
-        x = from_noise(model, x_T, steps, label, fresh if subject.sampler == "renoise" else None, x0=x0)
+        if subject.sampler == "ddim":
+            x = ddim(model, x_T, steps, label, x0)
+        else:
+            x = renoise(model, x_T, steps, fresh, label, x0)
     tick(len(rows) * steps)
     return x.cpu()
 

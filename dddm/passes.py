@@ -29,7 +29,7 @@ from .config import TrainConfig, build, draw, epoch_batches
 from .features import trunk
 from .losses import distance
 from .model import DDDM
-from .objectives import OBJECTIVES, Part, estimate_of, needs_store
+from .objectives import OBJECTIVES, Batch, estimate_of, needs_store
 from .runs import open_directory, size_text
 from .sampling import has_bfloat16
 from .store import EstimateStore, queued, to_device, whole_file
@@ -40,7 +40,7 @@ def step_dtype(config: TrainConfig, device) -> torch.dtype:
     """The number format of a training step's products: torch.bfloat16 or torch.float32.
 
     precision="auto" is bfloat16 on a GPU that has it, unless the objective takes differences of answers that
-    nearly agree (`Objective.exact`). Raises `ValueError` where bfloat16 is asked of a GPU without it.
+    nearly agree (`Objective.levels`). Raises `ValueError` where bfloat16 is asked of a GPU without it.
     """
     able = has_bfloat16(device)
     if config.precision == "bfloat16" and device.type == "cuda" and not able:
@@ -49,7 +49,7 @@ def step_dtype(config: TrainConfig, device) -> torch.dtype:
             "take 'float32' or 'auto'"
         )
     if config.precision == "auto":
-        return torch.bfloat16 if able and not OBJECTIVES[config.objective].exact else torch.float32
+        return torch.bfloat16 if able and not OBJECTIVES[config.objective].levels else torch.float32
     return getattr(torch, config.precision)
 
 
@@ -241,34 +241,42 @@ def open_run(
     """
     out = Path(out).expanduser()
     accelerator = start_accelerator(config, out)
-    rank, world, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    if device.type == "cpu":
-        device = torch.device("cpu")  # Accelerate numbers CPUs (cpu:0), torch.load knows no number
-    dtype, model = step_dtype(config, device), build(config)
+    step_dtype(config, accelerator.device)  # refused here rather than later
+    model = build(config)
     with accelerator.local_main_process_first():  # one rank fetches and decodes, the others find it done
-        d, data = open_distance(config).to(device), load_images(config)
+        d, data = open_distance(config), load_images(config)
     check_data(config, data)
+    world = accelerator.num_processes
     batches = epoch_batches(len(data), config.batch, config.seed, 0, world, config.drop_last)
     if accelerator.is_main_process:
         open_directory(config, out, len(batches), resume, hold, back)
         with whole_file(out / "data.txt") as part:
             part.write_text(data.summary() + "\n")
     accelerator.wait_for_everyone()
-    data, model = place_images(data, device), model.to(device)
-    store = open_store(config, len(data), rank, world, device)
-    if store is not None and hold is not None:
-        hold.enter_context(store.owned((out / ".id").read_text(), str(out.absolute())))
+    run = place_run(config, out, accelerator, data, d, model, len(batches))
+    if run.store is not None and hold is not None:
+        hold.enter_context(run.store.owned((out / ".id").read_text(), str(out.absolute())))
+    return run
+
+
+def place_run(
+    config: TrainConfig, out: Path, accelerator: Accelerator, data, d, model, steps_per_epoch
+) -> Run:
+    "The record of a run, with images, weights and store on their devices."
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    if device.type == "cpu":
+        device = torch.device("cpu")  # Accelerate numbers CPUs (cpu:0), torch.load knows no number
     return Run(
         config=config,
         out=out,
         accelerator=accelerator,
         device=device,
-        dtype=dtype,
-        data=data,
-        d=d,
-        store=store,
-        **weights_of_run(config, model),
-        steps_per_epoch=len(batches),
+        dtype=step_dtype(config, device),
+        data=place_images(data, device),
+        d=d.to(device),
+        **weights_of_run(config, model.to(device)),
+        store=open_store(config, len(data), rank, world, device),
+        steps_per_epoch=steps_per_epoch,
         sums=torch.zeros(2, 4, dtype=torch.float64, device=device),
         micro_batch=config.micro_batch or math.ceil(config.batch / world),
         compute=pass_value,
@@ -303,18 +311,16 @@ def run_pass(run: Run, index: torch.Tensor, draws: dict, compiled: bool | None =
     """
     c, n = run.config, len(index)
     compiled = run.compiled if compiled is None else compiled
-    part = make_part(run, index, draws)
-    whole, keep = padded(part, run.micro_batch) if compiled else (part, None)
+    batch = make_batch(run, index, draws)
+    whole, keep = padded(batch, run.micro_batch) if compiled else (batch, None)
     compute = run.compute if compiled else pass_value
     objective, estimate = OBJECTIVES[c.objective], estimate_of(c.objective, c.estimate)
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        loss, values, rows = compute(
-            objective.loss, run.model, run.d, run.model.schedule, whole, estimate, keep
-        )
-    return Pass(loss, values[:n], None if rows is None else rows[:n], part.t)
+        loss, values, rows = compute(objective.loss, run.model, run.d, whole, estimate, keep)
+    return Pass(loss, values[:n], None if rows is None else rows[:n], batch.t)
 
 
-def make_part(run: Run, index: torch.Tensor, draws: dict) -> Part:
+def make_batch(run: Run, index: torch.Tensor, draws: dict) -> Batch:
     """What the objective sees of the samples `index`: images, estimates and draws.
 
     Images and estimates are mirrored where that was drawn.
@@ -324,41 +330,41 @@ def make_part(run: Run, index: torch.Tensor, draws: dict) -> Part:
     mirror = (lambda x: x) if flips is None else (lambda x: images.flip(x, flips))
     x0, label = run.data.get(index, run.device)
     stored = None if run.store is None else mirror(to_device(run.store.read(index), run.device))
-    if len(index) == 1 and "first" in draws and stored is not None:
-        stored = draws["first"]  # "shuffled", with no other to take
-    part = Part(
+    if len(index) == 1 and "estimate_noise" in draws and stored is not None:
+        stored = draws["estimate_noise"]  # "shuffled", with no other to take
+    batch = Batch(
         mirror(x0),
-        stored,
+        stored=stored,
         label=label if c.classes else None,
         progress=run.done / run.steps,
         epoch=run.epoch,
         **draws,
     )
     prepare = OBJECTIVES[c.objective].prepare
-    return prepare(part, run.model.schedule, level_range=c.levels, rungs=c.level_distribution)
+    return prepare(batch, run.model.schedule, c.levels, c.level_distribution)
 
 
-def padded(part: Part, size: int) -> tuple[Part, torch.Tensor]:
-    """`part` with `size` rows, its last one again where it has fewer.
+def padded(batch: Batch, size: int) -> tuple[Batch, torch.Tensor]:
+    """`batch` with `size` rows, its last one again where it has fewer.
 
     And keep [size]: 1 where a row counts, 0 where it fills up.
     """
-    n = len(part.x0)
-    place = torch.arange(size, device=part.x0.device)
+    n = len(batch.x0)
+    place = torch.arange(size, device=batch.x0.device)
     keep = (place < n).float()
     if n == size:
-        return part, keep
+        return batch, keep
     rows = lambda v: v[place.clamp(max=n - 1)] if torch.is_tensor(v) and v.ndim else v
-    return dataclasses.replace(part, **{k: rows(v) for k, v in vars(part).items()}), keep
+    return dataclasses.replace(batch, **{k: rows(v) for k, v in vars(batch).items()}), keep
 
 
-def pass_value(loss, model, d, schedule, part: Part, estimate: str, keep: torch.Tensor | None):
+def pass_value(loss, model, d, batch: Batch, estimate: str, keep: torch.Tensor | None):
     """The sum of the objective's values, the values [B], and the rows for the store or None.
 
     loss: of `Objective`; keep: [B], 1 for a row that counts and 0 for one that fills up, or None.
     Compiled, this is the one graph.
     """
-    value, row = loss(model, d, schedule, part, estimate)
+    value, row = loss(model, d, batch, estimate)
     if keep is not None:
         value = value * keep
     return value.sum(), value.detach(), row
@@ -404,7 +410,7 @@ def memory_of_trial(run: Run, n: int) -> int:
 def fitting_micro_batch(run: Run, free: int, compiled: bool) -> int:
     """The largest of this rank's share, its half, its quarter … that fits into `free` bytes of the GPU.
 
-    Judged from passes of 8 and 16 samples; a share of up to 16 is taken untried.
+    Estimated from passes of 8 and 16 samples; a share of up to 16 is taken untried.
     A compiled pass keeps less than an eager one; it is counted as 0.6 of it.
     """
     share = math.ceil(run.config.batch / run.world)

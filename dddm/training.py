@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from . import data as images
 from .config import TrainConfig, draw, ema_decay, learning_rate, step_seed
-from .objectives import generate
 from dddm.passes import (
     Run,
     checkpoint_bytes,
@@ -39,6 +38,7 @@ from dddm.passes import (
     set_dropout,
     tf32,
 )
+from .pictures import save_grid
 from dddm.runs import (
     append_record,
     check_disk,
@@ -53,7 +53,7 @@ from dddm.runs import (
     step_of,
     trim_history,
 )
-from .sampling import save_grid
+from .sampling import sample
 from .store import queued, whole_file
 
 # %% ../nbs/09c_training.ipynb #09c-training-005
@@ -361,7 +361,7 @@ def sample_grid(run: Run, steps=(1, 5), n: int = 32) -> None:
     label = None if run.config.classes is None else torch.arange(n) % run.config.classes
     steps = [s for s in steps if s <= run.config.T]
     try:
-        blocks = generate(run.ema, n=n, steps=steps, seed=run.config.seed, label=label)
+        blocks = sample(run.ema, n, steps, seed=run.config.seed, label=label)
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as part:
             save_grid(torch.cat(list(blocks.values())), part, columns=n // 2)

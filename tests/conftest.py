@@ -44,7 +44,10 @@ class Blank(FeatureExtractorInceptionV3):
 
 @pytest.fixture(scope="session")
 def random_inception(tmp_path_factory):
-    "A weights file with Inception's names and shapes, and random numbers in it: what it scores means nothing."
+    """A weights file with Inception's names and shapes, and random numbers in it.
+
+    What it scores means nothing.
+    """
     path = tmp_path_factory.mktemp("weights") / "inception-shaped.pth"
     torch.save({}, path)
     with torch.random.fork_rng():

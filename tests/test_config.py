@@ -42,7 +42,7 @@ def test_bad_input_before_any_work(tmp_path):
 
 
 def test_levels_are_drawn_evenly():
-    "u: one in each n-th of (0, 1), in an order that changes, so a batch meets every noise level; different steps differ."
+    "u: one in each n-th of (0, 1), in an order that changes, so a batch meets every noise level."
     config = TrainConfig(**{**TINY, "objective": "consistency"})
     a, b = (draw(config, step, 50)["u"] for step in (3, 4))
     for u in (a, b):
@@ -65,10 +65,12 @@ def test_drop_last_leaves_out_the_smaller_batch_and_nothing_else(tmp_path):
         TrainConfig(**{**TINY, "drop_last": True})
 
 
+# fields as a run of before had them
 OLD_CONFIG = """{"data": "digits", "shape": [1, 8, 8], "c": 0.01,
  "objective": "consistency", "rungs": "rising", "sampler": "fixed",
  "net": {"base": 16, "multipliers": [1, 2], "blocks": 1, "attention": [], "estimate": [8, 4]},
- "batch": 256, "epochs": 1,  "device": "cpu", "log_every": 3, "checkpoint_every": 2, "sample_every": 0}"""  # fields as a run of before had them
+ "batch": 256, "epochs": 1,  "device": "cpu", "log_every": 3,
+ "checkpoint_every": 2, "sample_every": 0}"""
 
 
 def test_old_names_are_read_from_a_file_and_nowhere_else():
@@ -87,6 +89,6 @@ def test_every_field_is_in_the_table():
     for field in dataclasses.fields(TrainConfig):
         assert field.metadata["meaning"] and f"| `{field.name}` |" in table
         assert any(line.startswith(f"{field.name} ") for line in text.splitlines())
-    assert "| `epochs` | `7` | passes over the data, at least 1 | ours |" in table
-    assert "| `lr` | `0.0002` | Adam's rate, above 0 | paper 5.1 |" in table
+    assert "| `epochs` | `7` | passes over the data, at least 1 | `100`, ours |" in table
+    assert "| `lr` | `0.0002` | Adam's rate, above 0 | `0.0002`, paper 5.1 |" in table
     assert eval(repr(config)) == config

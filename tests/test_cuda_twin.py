@@ -19,7 +19,8 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from dddm import data, extractors, metrics, objectives, presets, training
+from dddm import data, extractors, metrics, objectives, presets, runs, training
+from dddm.config import build
 from dddm.losses import distance
 from dddm.sampling import SAMPLERS, sample
 from dddm.schedule import VPSchedule

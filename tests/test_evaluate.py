@@ -1,4 +1,7 @@
-"The evaluation job, as a user starts it: what it leaves, what it refuses, and that an interrupted one ends where an unbroken one does."
+"""The evaluation job, as a user starts it.
+
+What it leaves, what it refuses, and that an interrupted one ends where an unbroken one does.
+"""
 
 import json
 import pathlib
@@ -65,8 +68,10 @@ def run(tmp_path_factory):
 
 
 def test_interrupted_and_damaged_ends_in_the_numbers_of_the_library(root, run, tmp_path):
-    """Stopped in its last step count, with a finished piece cut short while it was away: started again it reads back what is whole, makes the
-    rest, and every number is what the library gives for samples drawn in one go."""
+    """Stopped in its last step count, with a finished piece cut short while it was away: started again it
+    reads back what is whole, makes the rest, and every number is what the library gives for samples drawn in
+    one go.
+    """
     out = tmp_path / "results"
     parameters = f"run: {run}, out: {out}, n: 80, batch_size: 40, steps: [3, 1, 200], seeds: [0, 1], all_seeds_to: 3, device: cpu"
     process = subprocess.Popen(
@@ -138,7 +143,8 @@ def test_two_runs_with_another_sampler(root, run, tmp_path):
     again = papermill(
         root,
         tmp_path / "again.ipynb",
-        f"run: {run}, sampler: renoise, out: {tmp_path / 'renoise'}, n: 80, steps: [4], seeds: [3], device: cpu",
+        f"run: {run}, sampler: renoise, out: {tmp_path / 'renoise'}, n: 80, steps: [4], seeds: [3], "
+        "device: cpu",
     )
     assert again.returncode == 0, again.stderr[-3000:]
     images = load_file(next((tmp_path / "renoise" / "samples").rglob("seed3-steps4.safetensors")))["images"]
@@ -161,7 +167,10 @@ def test_two_runs_with_another_sampler(root, run, tmp_path):
 
 
 def test_cifar10_runs_are_judged_by_cifar(root, tmp_path):
-    "A run on CIFAR-10 of class folders, and no word about the extractor: the small network of that data judges, under its name."
+    """A run on CIFAR-10 of class folders, and no word about the extractor.
+
+    The small network of that data judges, under its name.
+    """
     for k, name in enumerate(CIFAR10):
         (tmp_path / "c10" / name).mkdir(parents=True)
         for i in range(4):
@@ -195,7 +204,10 @@ def test_cifar10_runs_are_judged_by_cifar(root, tmp_path):
 
 @pytest.mark.slow
 def test_inception_from_a_file_as_a_job(root, tmp_path, random_inception):
-    "The path of the paper's own numbers, at a dozen images and random weights: their name says that it is no FID."
+    """The path of the paper's own numbers, at a dozen images and random weights.
+
+    Their name says that it is no FID.
+    """
     folder = tmp_path / "pictures"
     folder.mkdir()
     for k in range(60):
@@ -215,7 +227,8 @@ def test_inception_from_a_file_as_a_job(root, tmp_path, random_inception):
     done = papermill(
         root,
         tmp_path / "out.ipynb",
-        f"run: {run}, out: {tmp_path / 'results'}, n: 12, steps: [1, 2], seeds: [0], extractor: inception, weights: {random_inception}, batch_size: 12, device: cpu",
+        f"run: {run}, out: {tmp_path / 'results'}, n: 12, steps: [1, 2], seeds: [0], extractor: inception, "
+        f"weights: {random_inception}, batch_size: 12, device: cpu",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found, _ = load_results(tmp_path / "results" / "results.json")

@@ -91,7 +91,11 @@ def test_trajectory_of_a_known_map():
 
 @pytest.mark.parametrize("sampler", ["ddim", "renoise"])
 def test_trajectory_of_another_sampler(sampler):
-    "Each kept number of steps is a run of its own from the same noise: DDIM's are those of `ddim`; re-noised images of a longer list are the same as those of a shorter one, and of a part of the batch."
+    """Each kept number of steps is a run of its own from the same noise.
+
+    DDIM's are those of `ddim`; re-noised images of a longer list are the same as those of a shorter one, and
+    of a part of the batch.
+    """
 
     def f(x_t, t, estimate, label):
         return (0.9 - 0.5 * t.reshape(-1, 1, 1, 1) / 1000) * x_t - 0.05 * estimate  # its F
@@ -138,7 +142,10 @@ def test_trajectory_of_another_sampler(sampler):
 
 
 def test_a_model_of_few_steps_is_shown_by_its_own_sampler():
-    "A model that re-noises ends at 100 steps on a slider that goes to 1,000, and the line of text says so; then one that iterates goes to the end again."
+    """A model that re-noises ends at 100 steps on a slider that goes to 1,000, and the text says so.
+
+    Then a model that iterates goes to the end again.
+    """
     explorer = explore.StepExplorer("digits-few-steps", n=4).wait()
     assert (
         explorer.trajectory.sampler == "renoise" and explorer.progress.value == explorer.progress.max == 100
@@ -559,7 +566,8 @@ PANEL = "[...jupyterapp.shell.widgets('main')].find(w => w.sessionContext)"
 
 def cell(containing):
     "JavaScript: the number of the cell whose source has these words."
-    return f"{PANEL}.content.widgets.findIndex(c => c.model.sharedModel.source.includes({json.dumps(containing)}))"
+    has = f"c => c.model.sharedModel.source.includes({json.dumps(containing)})"
+    return f"{PANEL}.content.widgets.findIndex({has})"
 
 
 @pytest.mark.slow
@@ -584,6 +592,69 @@ def test_slider_in_a_browser(root, tmp_path, app, path):
             page.close()
 
 
+OUTPUTS = f"""{PANEL}.content.widgets
+    .filter(c => c.model.type === 'code').flatMap(c => c.model.sharedModel.outputs)"""
+ERRORS = f"""{OUTPUTS}.filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)"""
+STDERR = """document.querySelectorAll(
+    '.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]').length"""
+BROKEN = """[...document.querySelectorAll('.jp-OutputArea-output')]
+    .filter(o => /Error displaying widget|Loading widget/.test(o.textContent)).length"""
+
+
+class Widget:
+    "The explorer that the cell with these words shows, on a page."
+
+    def __init__(self, page, name, source):
+        self.page, self.name, number = page, name, page.js(cell(source))
+        self.node = f"{PANEL}.content.widgets[{number}].node"
+        self.picture = f"{self.node}.querySelector('.widget-html img')"
+        self.message = f"{self.node}.querySelector('.dddm-message').textContent"
+        self.handle = f"{self.node}.querySelector('.noUi-handle')"
+        there = f"nb.activeCellIndex = {number}; nb.scrollToItem({number}, 'start')"
+        page.js(f"(nb => {{ {there} }})({PANEL}.content)")
+        wait_for("the widget", lambda: page.js(f"{self.picture}?.width > 100"))
+        page.js(f"{self.node}.querySelector('.jp-OutputArea-output .widget-vbox').scrollIntoView()")
+        self.seen = [self.look()]
+
+    def still(self):
+        before = self.page.box(self.picture)
+        time.sleep(0.5)
+        return before[2] > 100 and self.page.box(self.picture) == before and before
+
+    def look(self):
+        """The picture and the message beside it, once it has stayed in its place.
+
+        JupyterLab moves cells about for a while.
+        """
+        box = wait_for(f"{self.name}: a picture that stays in its place", self.still)
+        return self.page.shot(box=box), self.page.js(self.message)
+
+    def other(self):
+        "Whether picture and message are others than those seen last."
+        (shot, words), (last, before) = self.look(), self.seen[-1]
+        if words == before or shot.shape == last.shape and (shot == last).all():
+            return False
+        self.seen.append((shot, words))
+        return True
+
+    def changed(self, what):
+        wait_for(f"{self.name}: another picture after {what}", self.other, 30)
+
+    def type(self, text):
+        "Type into the last field for a number."
+        fields = f"{self.node}.querySelectorAll('.widget-text input[type=number]')"
+        send = "for (const e of ['input', 'change']) f.dispatchEvent(new Event(e, {bubbles: true}))"
+        self.page.js(f"(f => {{ f.focus(); f.value = '{text}'; {send} }})([...{fields}].at(-1))")
+
+    def menu(self, number):
+        return f"{self.node}.querySelectorAll('select')[{number}]"
+
+    def pick(self, number, option):
+        "Choose an option of a menu."
+        send = "s.dispatchEvent(new Event('change', {bubbles: true}))"
+        self.page.js(f"(s => {{ s.selectedIndex = {option}; {send} }})({self.menu(number)})")
+
+
 def drive(page, folder, arrows):
     wait_for(
         "the notebook",
@@ -592,105 +663,42 @@ def drive(page, folder, arrows):
     wait_for("a kernel", lambda: page.js(f"{PANEL}.sessionContext.session?.kernel?.status === 'idle'"))
     page.js(f"jupyterapp.shell.activateById({PANEL}.id)")
     page.js("jupyterapp.commands.execute('notebook:run-all-cells').then(() => 1)")
-    errors = page.js(
-        f"{PANEL}.content.widgets.filter(c => c.model.type === 'code').flatMap(c => c.model.sharedModel.outputs).filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)"
-    )
-    assert errors == []
+    assert page.js(ERRORS) == []
     for name, source, moves in (
         ("step", "explorer = StepExplorer()", (300, -120)),
         ("plane", "plane = MixtureExplorer(ring, models)", (250,)),
         ("panel", "panel = DistanceExplorer()", (-100,)),
     ):
-        number = page.js(cell(source))
-        node = f"{PANEL}.content.widgets[{number}].node"
-        page.js(
-            f"(nb => {{ nb.activeCellIndex = {number}; nb.scrollToItem({number}, 'start') }})({PANEL}.content)"
-        )
-        wait_for("the widget", lambda: page.js(f"{node}.querySelector('.widget-html img')?.width > 100"))
-        page.js(f"{node}.querySelector('.jp-OutputArea-output .widget-vbox').scrollIntoView()")
-        picture, message, handle = (
-            f"{node}.querySelector('.widget-html img')",
-            f"{node}.querySelector('.dddm-message').textContent",
-            f"{node}.querySelector('.noUi-handle')",
-        )
-
-        def look():
-            "The picture and the message beside it, once it has stayed in its place: JupyterLab moves cells about for a while."
-
-            def still():
-                before = page.box(picture)
-                time.sleep(0.5)
-                return before[2] > 100 and page.box(picture) == before and before
-
-            return page.shot(box=wait_for(f"{name}: a picture that stays in its place", still)), page.js(
-                message
-            )
-
-        seen = [look()]
-
-        def changed(what):
-            def other():
-                shot, words = look()
-                if words == seen[-1][1] or shot.shape == seen[-1][0].shape and (shot == seen[-1][0]).all():
-                    return False
-                seen.append((shot, words))
-                return True
-
-            wait_for(f"{name}: another picture after {what}", other, 30)
-
+        widget = Widget(page, name, source)
         for dx in moves:
-            page.drag(handle, dx)
-            changed(f"a drag by {dx} pixels")
+            page.drag(widget.handle, dx)
+            widget.changed(f"a drag by {dx} pixels")
         page.shot(folder / f"{name}.png")
         if name != "panel":
-            field = f"{node}.querySelectorAll('.widget-text input[type=number]')"
-            page.js(
-                f"(f => {{ f.focus(); f.value = '3'; for (const e of ['input', 'change']) f.dispatchEvent(new Event(e, {{bubbles: true}})) }})([...{field}].at(-1))"
-            )
-            changed("a number in the field")
-        page.js(f"{handle}.focus()")
+            widget.type("3")
+            widget.changed("a number in the field")
+        page.js(f"{widget.handle}.focus()")
         for key in ("ArrowLeft", "ArrowRight") if arrows else ():  # Notebook 7 does not let them through
             page.key(key)
-            changed(key)
-        if name == "step":  # the second shipped model has classes: its control appears, and works
+            widget.changed(key)
+        if name == "step":
+            choose_models(page, widget, folder)
+        assert page.js(f"{widget.node}.querySelectorAll('.dddm-wrong').length") == 0
+    assert page.js(STDERR) == 0 and page.js(BROKEN) == 0
 
-            def pick(menu, option):
-                page.js(
-                    f"(s => {{ s.selectedIndex = {option}; s.dispatchEvent(new Event('change', {{bubbles: true}})) }})({node}.querySelectorAll('select')[{menu}])"
-                )
 
-            pick(0, 1)
-            changed("another model")
-            wait_for(
-                "the classes",
-                lambda: (
-                    page.js(
-                        f"(s => s.offsetParent !== null && s.options.length)({node}.querySelectorAll('select')[1])"
-                    )
-                    == 11
-                ),
-            )
-            pick(1, 4)
-            changed("a class")
-            page.shot(folder / "class.png")
-            pick(0, 2)  # and the third one is sampled by re-noising
-            changed("a third model")
-            wait_for("the words on its sampler", lambda: "of re-noising" in page.js(message))
-            wait_for(
-                "the menu of classes to say what is shown",
-                lambda: page.js(f"{node}.querySelectorAll('select')[1].selectedIndex") == 0,
-            )
-            page.shot(folder / "few.png")
-        assert page.js(f"{node}.querySelectorAll('.dddm-wrong').length") == 0
-    assert (
-        page.js(
-            "document.querySelectorAll('.jp-RenderedText[data-mime-type=\"application/vnd.jupyter.stderr\"]').length"
-        )
-        == 0
-    )
-    assert (
-        page.js(
-            "[...document.querySelectorAll('.jp-OutputArea-output')].filter(o => /Error displaying widget|Loading widget/.test(o.textContent)).length"
-        )
-        == 0
-    )
+def choose_models(page, widget, folder):
+    "The second shipped model has classes: its control appears, and works. The third one is re-noised."
+    widget.pick(0, 1)
+    widget.changed("another model")
+    shown = f"(s => s.offsetParent !== null && s.options.length)({widget.menu(1)})"
+    wait_for("the classes", lambda: page.js(shown) == 11)
+    widget.pick(1, 4)
+    widget.changed("a class")
+    page.shot(folder / "class.png")
+    widget.pick(0, 2)
+    widget.changed("a third model")
+    wait_for("the words on its sampler", lambda: "of re-noising" in page.js(widget.message))
+    what = "the menu of classes to say what is shown"
+    wait_for(what, lambda: page.js(f"{widget.menu(1)}.selectedIndex") == 0)
+    page.shot(folder / "few.png")

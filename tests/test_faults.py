@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dddm import extractors, tables, training
+from dddm import extractors, runs, tables, training
+from dddm.config import TrainConfig
+from dddm.runs import history
 from dddm.store import PAGE, EstimateStore, read_page
 from dddm.training import train
 

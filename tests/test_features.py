@@ -1,4 +1,4 @@
-"What 04b_features and classifiers do not show: damage of every kind, other processes, the networks recomputed by hand, the job itself."
+"What 04b_features and classifiers do not show: damage, other processes, networks by hand, the job itself."
 
 import hashlib
 import json
@@ -136,7 +136,12 @@ def test_random_weights_come_from_the_seed_alone(name):
 
 
 def test_another_process_computes_the_same():
-    code = "import torch; torch.set_num_threads(1)\nfrom dddm.features import network\nx = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)\nprint(network('digits')(x).double().tolist(), network('digits', random=2)(x).double().tolist())"
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from dddm.features import network\n"
+        "x = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)\n"
+        "print(network('digits')(x).double().tolist(), network('digits', random=2)(x).double().tolist())"
+    )
     found = {
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         for _ in range(2)
@@ -146,7 +151,7 @@ def test_another_process_computes_the_same():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_network_written_out_by_hand(name):
-    "Straight from the file's tensors, with torch.nn.functional and batch normalisation as arithmetic, in float64."
+    "Straight from the file's tensors, with torch.nn.functional and batch norm as arithmetic, in float64."
     spec = FEATURES[name]
     w = {k: v.double() for k, v in load_file(WEIGHTS / spec["file"]).items()}
     x = some(name).double()
@@ -298,7 +303,8 @@ def test_the_job_trains_cifar_on_images_in_class_folders(root, tmp_path):
     done = job(
         root,
         tmp_path,
-        f"networks: [cifar], epochs: 1, cifar_train: {tmp_path / 'train'}, cifar_test: {tmp_path / 'test'}, out: {tmp_path / 'run'}",
+        f"networks: [cifar], epochs: 1, cifar_train: {tmp_path / 'train'}, "
+        f"cifar_test: {tmp_path / 'test'}, out: {tmp_path / 'run'}",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "run" / "classifiers.json").read_text())["cifar"]

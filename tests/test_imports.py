@@ -18,7 +18,8 @@ HEAVY = (
 
 def imported(*steps):
     "Which of the heavy libraries a fresh Python holds after each of `steps`, pieces of code."
-    code = f"import json, sys\ndef heavy(): return [name for name in {HEAVY} if name in sys.modules]\nfound = []\n"
+    code = f"import json, sys\ndef heavy(): return [name for name in {HEAVY} if name in sys.modules]\n"
+    code += "found = []\n"
     code += "".join(f"{step}\nfound.append(heavy())\n" for step in steps) + "print(json.dumps(found))"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300

@@ -48,7 +48,10 @@ def printed(path):
 
 
 def test_train_trains_samples_and_measures(root, tmp_path):
-    "At a size of seconds: configuration, curve, samples and numbers at 1 to 100 steps; a second start resumes."
+    """The whole story at a size of seconds.
+
+    Configuration, curve, samples and numbers at 1, 2, 5, 20, 100 steps; a second start resumes.
+    """
     done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", f"out: {tmp_path / 'run'}, {SMALL}")
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -84,7 +87,10 @@ def test_train_refuses_before_any_work(root, tmp_path, parameters, message):
 
 @pytest.mark.parametrize("notebook", ["10c_trust", "benchmark", "classifiers", "evaluate", "study", "train"])
 def test_parameters_are_checked_once_and_their_cell_may_run_again(root, notebook):
-    "Its first cells as a kernel runs them: a name that is none stops it; changed parameters do not, later."
+    """Its first cells as a kernel runs them.
+
+    A name that is none stops it; after the notebook has run, changed parameters do not.
+    """
     code = [
         c.source for c in nbformat.read(root / "nbs" / f"{notebook}.ipynb", 4).cells if c.cell_type == "code"
     ]
@@ -107,8 +113,8 @@ def test_train_on_two_processes_and_a_zip_of_class_folders(root, tmp_path):
             z.write(tmp_path / "one.png", f"train/{'ab'[i % 2]}/{i:03d}.png")
     parameters = (
         f"out: {tmp_path / 'run'}, devices: 2, preset: digits, "
-        f"overrides: {{data: {tmp_path / 'pictures.zip'}, shape: [3, 16, 16], classes: 2, batch: 20, epochs: 2, "
-        "device: cpu, net: {base: 16, attention: [], estimate: [8]}}"
+        f"overrides: {{data: {tmp_path / 'pictures.zip'}, shape: [3, 16, 16], classes: 2, batch: 20, "
+        f"epochs: 2, device: cpu, net: {{base: 16, attention: [], estimate: [8]}}}}"
     )
     done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", parameters)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -232,7 +238,10 @@ def test_study_refuses_before_any_work(root, tmp_path, parameters, message):
 
 
 def test_a_preset_brings_its_objective(root, tmp_path):
-    "`-p preset digits-consistency` is enough: the objective is the preset's, and classes are sampled."
+    """`-p preset digits-consistency` is all that the README says.
+
+    The objective is the preset's, and a model with classes is sampled with them.
+    """
     done = papermill(
         root,
         "train.ipynb",

@@ -1,4 +1,7 @@
-"What notebook 02 does not show: the flow recomputed by two other methods, gradients, precision, state dict, and the list of bad inputs."
+"""What notebook 02 does not show.
+
+The flow recomputed by two other methods, gradients, precision, state dict, and the list of bad inputs.
+"""
 
 import copy
 
@@ -67,7 +70,10 @@ def test_exact_net_against_root_finding_on_quantiles():
 
 
 def test_exact_F_against_a_plain_solver_in_3_dimensions():
-    "Heun steps of dx/d lambda = -(x + score)/2 over the schedule's own grid; second order, so two grids extrapolate."
+    """Heun steps of dx/d lambda = -(x + score)/2 over the schedule's own grid.
+
+    Second order, so two grids extrapolate.
+    """
     g = torch.Generator().manual_seed(1)
     mix = GaussianMixture(torch.randn(4, 3, generator=g), [0.3, 0.4, 0.5, 0.6], [0.1, 0.2, 0.3, 0.4])
     x_T, ends = torch.randn(20, 3, generator=g).double(), []

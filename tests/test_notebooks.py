@@ -1,4 +1,7 @@
-"Every notebook runs from top to bottom: one test a notebook, by nbdev's runner, in a process of its own."
+"""Every notebook runs from top to bottom.
+
+One test a notebook, by nbdev's own runner, each in a process of its own.
+"""
 
 import pathlib
 import subprocess

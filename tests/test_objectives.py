@@ -1,4 +1,7 @@
-"What the objectives notebook cannot show: each number recomputed sample by sample, what must not leak, and two processes."
+"""What the objectives notebook cannot show.
+
+Each number recomputed sample by sample, what must not leak, and two processes.
+"""
 
 import copy
 import json
@@ -11,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from dddm import runs
+from dddm import passes, runs
+from dddm.config import TrainConfig, epoch_batches
 from dddm.levels import intervals, noise_levels, sigma
 from dddm.losses import distance
 from dddm.model import DDDM, Boundary
@@ -26,6 +30,8 @@ from dddm.objectives import (
     objective_value,
     sampler_of,
 )
+from dddm.passes import open_store
+from dddm.runs import newest_checkpoint
 from dddm.sampling import ddim, sample, times_down
 from dddm.schedule import VPSchedule
 from dddm.training import train
@@ -196,7 +202,9 @@ def test_published_code_weighs_by_epoch():
     ],
 )
 def test_the_smaller_side_has_no_gradient(objective, how):
-    "Gradient of the loss with the target as a constant, computed apart, and no graph in any pass but the last."
+    """Gradient of the loss with the target as a constant, computed apart, and no graph in any pass but the
+    last.
+    """
     net = Toy()
     model, batch = assemble(objective, net, schedule), some_batch()
     evaluate(objective, model, batch, how)[0].sum().backward()
@@ -307,7 +315,11 @@ def test_uniform_draws_every_interval_equally_often():
 
 
 def test_rising_moves_upwards_and_weigh_by_the_formula():
-    "Levels even in angle; at p = 0 the normal and the weight of Song & Dhariwal; later more draws at t = T, and the weight (1 + p sigma_t) / (sigma_t - sigma_s) in the loss itself."
+    """Levels even in angle.
+
+    At p = 0 the normal and the weight of Song & Dhariwal; later more draws at t = T, and the weight (1 + p
+    sigma_t) / (sigma_t - sigma_s) in the loss itself.
+    """
     times, share, weight = intervals(schedule, 40, "rising", 0.0)
     angle = sigma(schedule)[times[1:]].atan()
     assert (
@@ -399,7 +411,11 @@ def test_runs_without_store_save_none(tmp_path):
 
 
 def test_consistency_with_a_store_keeps_its_own_answers(tmp_path):
-    "The control of the repair, trained for an epoch: its checkpoint has a store, in which every row differs from the N(0, I) that it began with; a part of an epoch is refused."
+    """The control of the repair, trained for an epoch.
+
+    Its checkpoint has a store, in which every row differs from the N(0, I) that it began with; a part of an
+    epoch is refused.
+    """
     tiny = dict(
         net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),
         batch=128,
@@ -437,7 +453,11 @@ def test_image_i_depends_on_seed_and_i_alone(objective, sampler):
 
 
 def test_a_model_knows_its_sampler():
-    "`sample` without a sampler uses the model's own: the objective's, or the one it was assembled with; a copy has it too, and a model that was made otherwise iterates."
+    """`sample` without a sampler uses the model's own.
+
+    The objective's, or the one it was assembled with; a copy has it too, and a model that was made otherwise
+    iterates.
+    """
     for objective, own in (
         ("paper", "iterate"),
         ("consistency", "iterate"),
@@ -466,7 +486,11 @@ def test_a_model_knows_its_sampler():
 
 @pytest.mark.filterwarnings("ignore:.*begun with epochs=1")
 def test_the_sampler_of_a_run_may_change_when_it_goes_on(tmp_path):
-    "It is no batch of the training: the weights are the same, the run then samples as it was told last, and the grids of a run that re-noises are others."
+    """It is no batch of the training.
+
+    The weights are the same, the run then samples as it was told last, and the grids of a run that re-noises
+    are others.
+    """
     tiny = dict(
         objective="consistency",
         net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),
@@ -506,7 +530,9 @@ def test_ddim_step_by_hand():
 
 @pytest.mark.parametrize("sampler", ["iterate", "ddim", "renoise"])
 def test_models_with_estimates_are_fed_them(sampler):
-    "Every sampler gives a model that was trained with estimates noise or an answer, and one that was not, zeros; so does a copy of it, and a call of one's own."
+    """Every sampler gives a model that was trained with estimates noise or an answer, and one that was not,
+    zeros; so does a copy of it, and a call of one's own.
+    """
     for objective, blind in (("consistency", False), ("improved_consistency", True), ("regression", True)):
         net = Toy()
         model = assemble(objective, net, schedule)
@@ -543,8 +569,10 @@ def test_boundary_keeps_what_the_sampler_asks_of_a_net():
 
 @pytest.mark.slow
 def test_two_ranks_have_the_gradients_of_one(tmp_path, monkeypatch):
-    """Two gloo processes under `consistency`, with different numbers of samples that get an estimate of their own, against one process on the same
-    batches. The rate is next to nothing, so Adam's first moment compares the gradients of all steps."""
+    """Two gloo processes under `consistency`, with different numbers of samples that get an estimate of
+    their own, against one process on the same batches. The rate is next to nothing, so Adam's first moment
+    compares the gradients of all steps.
+    """
     fields = dict(
         objective="consistency",
         net=dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),

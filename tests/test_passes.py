@@ -1,4 +1,7 @@
-"How a pass is made: one compiled graph, its number format, its size, what the program waits for, where the history goes."
+"""How a pass is made.
+
+One compiled graph, its number format, its size, what the program waits for, where the history goes.
+"""
 
 import importlib.util
 import json
@@ -10,7 +13,8 @@ import torch
 from cuda_twin import cuda_twin
 from test_cuda_twin import CASES, TINY, as_before, few_digits, few_images, tiny  # noqa: F401 (fixtures)
 
-from dddm import config, sampling, training
+from dddm import config, passes, runs, sampling, training
+from dddm.config import TrainConfig, build
 from dddm.objectives import OBJECTIVES
 from dddm.passes import fitting_micro_batch, step_dtype
 from dddm.presets import PRESETS, preset
@@ -76,7 +80,8 @@ def test_generated_code_gives_the_eager_gradients(objective, few_images, tmp_pat
 
 
 def test_a_graph_that_cannot_be_made_is_a_warning(few_images, tmp_path):  # noqa: F811
-    "compile=None on the simulated device, for which nothing can be compiled: the run goes on in eager passes, and says so."
+    "compile=None on the simulated device, for which nothing can be compiled: the run goes on in eager"
+    "passes, and says so."
     with cuda_twin(), pytest.warns(UserWarning, match="passes stay eager"):
         run = training.start_run(tiny(compile=None), tmp_path)
         assert not run.compiled and "eager, of up to 6 images" in passes.describe(run)
@@ -112,7 +117,8 @@ def test_the_micro_batch_follows_the_memory(free, compiled, wanted, monkeypatch)
 
 
 def test_what_is_not_finite_is_noticed_a_step_late(few_images, tmp_path, monkeypatch):  # noqa: F811
-    "On a GPU the step itself does not look; the next one, or a checkpoint, does, and names the step and its samples."
+    "On a GPU the step itself does not look; the next one, or a checkpoint, does, and names the step and"
+    "its samples."
     for looks in (training.step, training.save):
         with cuda_twin():
             run = training.start_run(tiny(), tmp_path / looks.__name__)
@@ -151,7 +157,10 @@ def test_weights_in_another_memory_format_are_saved(few_images, tmp_path):  # no
 
 @pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 def test_a_sampled_batch_waits_once(sampler):
-    "Five images in batches of two, at two numbers of steps: three waits, and an image that is not finite is told at the end."
+    """Five images in batches of two, at two numbers of steps.
+
+    Three waits, and an image that is not finite is told at the end.
+    """
     model = config.build(TrainConfig(net=ONE_BLOCK)).eval()
     wanted = sampling.sample(model, 5, (1, 3), sampler, batch_size=2)
     with cuda_twin() as record:

@@ -26,7 +26,7 @@ def points(n, D, T, seed=1):
 
 
 def naive(gm, x, ab):
-    "log q, score and posterior mean of one point with plain numpy, from the differences x - a m_k themselves."
+    "log q, score and posterior mean of one point in plain numpy, from the differences x - a m_k themselves."
     a, m, s, w = math.sqrt(ab), gm.means.numpy(), gm.stds.numpy(), gm.weights.numpy()
     v = ab * s**2 + 1 - ab
     logit = np.log(w) - 0.5 * m.shape[1] * np.log(2 * math.pi * v) - ((x - a * m) ** 2).sum(1) / (2 * v)

@@ -1,4 +1,7 @@
-"The house: settings that mirror each other, a library that is what the notebooks export, a README that is index.ipynb."
+"""The house.
+
+Settings that mirror each other, a library that is what the notebooks export, a README that is index.ipynb.
+"""
 
 import configparser
 import importlib

@@ -1,4 +1,6 @@
-"Sampling with a real network, split over processes, interrupted, and compared with the five lines of algorithm 2."
+"""Sampling with a real network, split over processes, interrupted, and compared with the five lines of
+algorithm 2.
+"""
 
 import subprocess
 import sys
@@ -17,7 +19,10 @@ SHAPE = (3, 8, 8)
 
 
 def unet(classes=None, dropout=0.3):
-    "A small U-Net whose zero-initialised layers are filled, so that it does something; left in training mode."
+    """A small U-Net whose zero-initialised layers are filled, so that it does something.
+
+    Left in training mode.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = UNet(

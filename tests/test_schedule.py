@@ -1,4 +1,4 @@
-"What notebook 00 does not show: independent recomputations, dtypes, devices, pickling, and the whole list of bad inputs."
+"What notebook 00 does not show: recomputations, dtypes, devices, pickling, the whole list of bad inputs."
 
 import copy
 import math

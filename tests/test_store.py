@@ -1,4 +1,4 @@
-"The estimate store where a lesson cannot show it: kills, files, other processes, sizes, and numbers recomputed another way."
+"The estimate store where a lesson cannot show it: kills, files, other processes, sizes, recomputed numbers."
 
 import shutil
 import signal

@@ -1,4 +1,4 @@
-"""The U-Net: what the lesson has no room for. Shapes at the paper's sizes, each kind of bad input, an independent cross-attention."""
+"""The U-Net: shapes at the paper's sizes, each kind of bad input, an independent cross-attention."""
 
 import copy
 import json
@@ -325,7 +325,7 @@ def test_bad_calls():
 
 
 def test_dropout_is_a_function_of_seed_layer_and_place():
-    "The hash in plain Python integers; another seed or layer is unrelated; the share that is kept; its gradient."
+    "The hash in plain Python integers; another seed or layer is unrelated; the share kept; its gradient."
 
     def mix(x):
         x = (x ^ x >> 16) * 0x7FEB352D % 2**32

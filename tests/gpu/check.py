@@ -10,6 +10,7 @@ from statistics import median
 import torch
 from stages import Job, noise_folder, objective_loss, random_part
 
+from dddm.config import build
 from dddm.objectives import ESTIMATES, OBJECTIVES, estimate_of, needs_store
 from dddm.presets import preset
 from dddm.runs import history, load

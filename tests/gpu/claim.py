@@ -11,7 +11,7 @@ from stages import Job
 from dddm.pictures import save_grid
 from dddm.presets import preset
 from dddm.sampling import draws, sample
-from dddm.training import step
+from dddm.training import start_run, step
 
 ARMS = {  # name: fields that differ; other networks belong here, too
     "store": dict(estimate="store"),

@@ -20,7 +20,7 @@ from dddm.metrics import evaluate
 from dddm.pictures import save_grid
 from dddm.presets import preset
 from dddm.sampling import sample
-from dddm.training import step
+from dddm.training import start_run, step
 
 FILES, LARGEST = 3, 16 * 2**20  # weights come back in so many files, each smaller than this
 NET = dict(base=96, blocks=2, dropout=0.1)  # 22.7 M parameters

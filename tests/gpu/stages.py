@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from dddm.losses import distance
-from dddm.objectives import Part, objective_value
+from dddm.objectives import Batch, objective_value
 
 
 class OutOfTime(BaseException):
@@ -149,30 +149,30 @@ def noise_folder(n, size):
 
 
 def random_part(config, n, device="cpu"):
-    "A `Part` of n samples with every field filled, drawn on the CPU from one seed."
+    "A `Batch` of n samples with every field filled, drawn on the CPU from one seed."
     g = torch.Generator().manual_seed(3)
 
     def normal():
         return torch.randn(n, *config.shape, generator=g)
 
-    part = Part(
+    batch = Batch(
         x0=normal().clamp(-1, 1),
-        estimate=normal().clamp(-1, 1),
+        stored=normal().clamp(-1, 1),
         noise=normal(),
-        first=normal(),
-        second=normal(),
+        estimate_noise=normal(),
+        estimate_noise_below=normal(),
         t=torch.randint(1, config.T + 1, (n,), generator=g),
         u=(torch.arange(n) + 0.5) / n,
         label=None if config.classes is None else torch.arange(n) % config.classes,
         progress=0.4,
         epoch=1,
     )
-    moved = {name: v.to(device) for name, v in vars(part).items() if torch.is_tensor(v)}
-    return replace(part, **moved)
+    moved = {name: v.to(device) for name, v in vars(batch).items() if torch.is_tensor(v)}
+    return replace(batch, **moved)
 
 
-def objective_loss(model, config, part):
-    "The configuration's objective on a `Part`: distances [B]."
-    d = distance(config.distance, c=config.c).to(part.x0.device)
+def objective_loss(model, config, batch):
+    "The configuration's objective on a `Batch`: distances [B]."
+    d = distance(config.distance, c=config.c).to(batch.x0.device)
     options = (config.estimate, config.levels, config.level_distribution)
-    return objective_value(config.objective, model, d, model.schedule, part, *options)[0]
+    return objective_value(config.objective, model, d, batch, *options).loss
