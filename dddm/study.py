@@ -475,7 +475,7 @@ class Study:
     out: Path | str  # directory of the runs, and of one file of rows for each variant and seed
     variants: list[Variant] = field(default_factory=chosen_variants)
     preset: str = "digits"
-    data: str | None = None  # path of the data's files; None: where they usually lie
+    data_path: str | None = None  # where the files of the images lie; None: the usual place
     overrides: dict = field(default_factory=dict)  # fields of `TrainConfig`, for all variants
     seeds: tuple = (0, 1, 2)
     epochs: int | None = None  # None: the preset's, or the variant's own
@@ -489,7 +489,7 @@ class Study:
 
     def config(self, variant: Variant, seed: int) -> TrainConfig:
         "The configuration of a variant's training at a seed."
-        fields = {"data_path": self.data, "seed": seed, "sample_every": 0, **self.overrides}
+        fields = {"data_path": self.data_path, "seed": seed, "sample_every": 0, **self.overrides}
         if self.epochs is not None:
             fields["epochs"] = self.epochs
         return preset(self.preset, **{**fields, **variant.fields})
@@ -831,7 +831,7 @@ def results_config(study: Study, inputs: Inputs, files: list[VariantFile]) -> di
     "What a results file says of its study."
     base = replace(study.variants[0], fields={})
     fields = without(study.config(base, study.seeds[0]).to_dict(), "seed")
-    fields["data_path"] = study.data and Path(study.data).name
+    fields["data_path"] = study.data_path and Path(study.data_path).name
     changed = {
         file.variant.name: {k: v for k, v in file.asked["config"].items() if v != fields.get(k, v)}
         for file in files

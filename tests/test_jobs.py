@@ -124,7 +124,11 @@ def test_train_on_two_processes_and_a_zip_of_class_folders(root, tmp_path):
 
 @pytest.mark.slow
 def test_train_on_the_cifar10_copy(root, tmp_path, cifar10_copy):
-    parameters = f"out: {tmp_path / 'run'}, preset: cifar10-small, data_path: {cifar10_copy / 'cifar10-jpeg-test.zip'}, overrides: {{epochs: 1, batch: 2500, micro_batch: 250, net: {{base: 16, estimate: [8]}}, sample_every: 0}}"
+    images = cifar10_copy / "cifar10-jpeg-test.zip"
+    parameters = (
+        f"out: {tmp_path / 'run'}, preset: cifar10-small, data_path: {images}, overrides: "
+        "{epochs: 1, batch: 2500, micro_batch: 250, net: {base: 16, estimate: [8]}, sample_every: 0}"
+    )
     done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", parameters)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 4
