@@ -203,6 +203,15 @@ GROUPS = {  # {title of a panel: {variant: colour}}
 COLOURS = {name: colour for group in GROUPS.values() for name, colour in group.items()}
 
 
+def colours_of(names: list[str]) -> dict[str, str]:
+    "A colour for each variant of a panel: its own, or one that no other of them has."
+    found = {name: COLOURS[name] for name in names if name in COLOURS}
+    palette = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, YELLOW)
+    free = [colour for colour in palette if colour not in found.values()] or list(palette)
+    rest = [name for name in names if name not in found]
+    return found | {name: free[k % len(free)] for k, name in enumerate(rest)}
+
+
 def groups_of(rows: list[Row], config: dict | None = None) -> dict[str, list[str]]:
     "{title: names of variants}: the groups of objectives, or for a study of other sets one panel a set."
     sets = (config or {}).get("sets", {"objectives": []})
@@ -224,7 +233,7 @@ def panels(count: int, ylabel: str, xlabel: str):
 
     columns = min(count, 2)
     rows = math.ceil(count / columns)
-    size = (5.5 * columns, 3.7 * rows)
+    size = (4.5 * columns, 3.1 * rows)
     fig, axes = plt.subplots(rows, columns, figsize=size, dpi=100, sharex=True, sharey=True, squeeze=False)
     for ax in axes[-1]:
         ax.set_xlabel(xlabel)
@@ -257,8 +266,7 @@ def plot_steps(rows: list[Row], groups: dict | None = None, metric: str = "fd", 
     groups = groups or groups_of(rows)
     fig, axes = panels(len(groups), "Fréchet distance" if metric == "fd" else metric, "sampling steps")
     for ax, (title, names) in zip(axes, groups.items()):
-        plain = iter([BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, YELLOW] * 3)
-        colours = {name: COLOURS.get(name) or next(plain) for name in names}
+        colours = colours_of(names)
         for variant, sampler in lines_of(rows):
             if variant not in names:
                 continue
@@ -281,7 +289,7 @@ def finish_panel(ax, title: str, real: float | None) -> None:
         ax.axhline(real, color="black", ls=":", lw=1)
     ax.set_yscale("log")
     ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=9)
+    ax.legend(fontsize=8)
 
 
 def plot_course(rows: list[Row], groups: dict | None = None, metric: str = "fd", real: float | None = None):
@@ -289,10 +297,9 @@ def plot_course(rows: list[Row], groups: dict | None = None, metric: str = "fd",
     groups = groups or groups_of(rows)
     fig, axes = panels(len(groups), "Fréchet distance, one step", "training steps")
     for ax, (title, names) in zip(axes, groups.items()):
-        plain = iter([BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, YELLOW] * 3)
-        for name in names:
+        for name, colour in colours_of(names).items():
             if points := course(rows, name, metric):
-                draw_line(ax, points, COLOURS.get(name) or next(plain), name)
+                draw_line(ax, points, colour, name)
         finish_panel(ax, title, real)
     fig.tight_layout()
     return fig
