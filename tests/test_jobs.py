@@ -1,7 +1,6 @@
 "The papermill jobs, as a user starts them: a process, parameters, an output notebook."
 
 import json
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-SMALL = "overrides: {epochs: 1, batch: 600, net: {base: 16, attention: [], estimate: [4]}, sample_every: 0, device: cpu}"
+from dddm.study import load_rows, select
+
+SMALL = (
+    "overrides: {epochs: 1, batch: 600, net: {base: 16, attention: [], estimate: [4]}, "
+    "sample_every: 0, device: cpu}"
+)
 
 
 def papermill(root, notebook, output, parameters):
@@ -81,9 +85,7 @@ def test_train_refuses_before_any_work(root, tmp_path, parameters, message):
     assert done.returncode == 1 and message in done.stderr and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "notebook", ["10c_trust", "ablate", "benchmark", "classifiers", "compare", "evaluate", "train"]
-)
+@pytest.mark.parametrize("notebook", ["10c_trust", "benchmark", "classifiers", "evaluate", "study", "train"])
 def test_parameters_are_checked_once_and_their_cell_may_run_again(root, notebook):
     """Its first cells as a kernel runs them.
 
@@ -122,7 +124,11 @@ def test_train_on_two_processes_and_a_zip_of_class_folders(root, tmp_path):
 
 @pytest.mark.slow
 def test_train_on_the_cifar10_copy(root, tmp_path, cifar10_copy):
-    parameters = f"out: {tmp_path / 'run'}, preset: cifar10-small, data_path: {cifar10_copy / 'cifar10-jpeg-test.zip'}, overrides: {{epochs: 1, batch: 2500, micro_batch: 250, net: {{base: 16, estimate: [8]}}, sample_every: 0}}"
+    images = cifar10_copy / "cifar10-jpeg-test.zip"
+    parameters = (
+        f"out: {tmp_path / 'run'}, preset: cifar10-small, data_path: {images}, overrides: "
+        "{epochs: 1, batch: 2500, micro_batch: 250, net: {base: 16, estimate: [8]}, sample_every: 0}"
+    )
     done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", parameters)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 4
@@ -142,160 +148,97 @@ def test_benchmark(root, tmp_path):
     ).keys()
 
 
+STUDY = f"seeds: [0], epochs: 1, n: 64, steps: [1, 2], {SMALL.replace('epochs: 1, ', '')}"
+
+
 @pytest.mark.parametrize(
-    "notebook, parameters, lines",
+    "parameters, name, lines",
     [
         (
-            "compare.ipynb",
-            "arms: [paper, regression], long_arms: [paper], long_steps: 4",
-            [("paper", 1), ("paper", 2), ("paper", 4), ("regression", 1), ("regression", 2)],
+            "variants: [paper, regression]",
+            "digits",
+            [("paper", "iterate"), ("regression", "ddim")],
         ),
         (
-            "ablate.ipynb",
-            "parts: [c, T], objectives: [paper], c_values: [0.1, 0.12], T_values: [100, 200]",
+            "sets: [c, T], options: {objectives: [paper], c_values: [0.1, 0.12], T_values: [100, 200]}",
+            "digits-c-T",
             [
-                ("paper, lpips", 1),
-                ("paper, lpips", 2),
-                *((f"paper, pseudo_lpips, c = {c}", s) for c in (0.1, 0.12) for s in (1, 2)),
-                ("T = 100, 1 epochs", 1),
-                ("T = 100, 1 epochs", 2),
-                ("T = 200, 1 epochs", 1),
-                ("T = 200, 1 epochs", 2),
-                ("T = 200, 2 epochs", 1),
-                ("T = 200, 2 epochs", 2),
+                ("paper, lpips", "iterate"),
+                *((f"paper, pseudo_lpips, c = {c}", "iterate") for c in (0.1, 0.12)),
+                *((f"T = {T}, {epochs} epochs", "iterate") for T, epochs in ((100, 1), (200, 1), (200, 2))),
             ],
         ),
-        (
-            "ablate.ipynb",
-            "parts: [recipe]",
+        pytest.param(
+            "sets: [recipe]",
+            "digits-recipe",
             [
-                (f"{rungs}, {rate}, {last}", s)
-                for rungs in ("lognormal", "rising")
+                (f"{levels}, {rate}, {last}", "renoise")
+                for levels in ("lognormal", "rising")
                 for rate in ("constant", "falling")
                 for last in ("kept", "left out")
-                for s in (1, 2)
             ],
+            marks=pytest.mark.slow,
         ),
     ],
 )
-def test_a_job_of_many_runs_does_each_once(root, tmp_path, notebook, parameters, lines):
-    """Every arm is trained and scored, into a file beside the runs, not over the repository's.
-
-    Started again, the job reads what is there and trains only what is missing.
-    """
-    small, written = (
-        SMALL.replace("epochs: 1, ", ""),
-        tmp_path / f"{'recipe' if 'recipe' in parameters else notebook.removesuffix('.ipynb')}-digits.json",
-    )
-    parameters = f"train: true, out: {tmp_path / 'runs'}, seeds: [0], epochs: 1, n: 64, steps: [1, 2], {parameters}, {small}"
-    done = papermill(root, notebook, tmp_path / "out.ipynb", parameters)
+def test_study_does_each_training_once(root, tmp_path, parameters, name, lines):
+    "It writes beside its runs, not into the repository; started again, it trains only what is missing."
+    parameters = f"train: true, out: {tmp_path / 'runs'}, {parameters}, {STUDY}"
+    done = papermill(root, "study.ipynb", tmp_path / "out.ipynb", parameters)
     assert done.returncode == 0, done.stderr[-3000:]
-    first = json.loads(written.read_text())["rows"]
-    assert sorted((r.get("name", r.get("arm")), r["steps"]) for r in first) == sorted(lines)
-    assert all(np.isfinite(r["fd"]) and r["fd"] > 0 for r in first)
-    pieces = sorted((tmp_path / "runs").glob("*.json"))
-    times = {p: p.stat().st_mtime_ns for p in pieces}
-    pieces[0].unlink()  # as if the job had been stopped before this one was written
-    again = papermill(root, notebook, tmp_path / "again.ipynb", parameters)
+    first = load_rows(tmp_path / f"{name}.json")
+    found = {(r.variant, r.sampler, r.steps): r.value for r in select(first.rows, metric="fd")}
+    assert found.keys() == {(*line, s) for line in lines for s in (1, 2)}
+    assert all(np.isfinite(value) and value > 0 for value in found.values())
+    assert first.provenance["command"].startswith("papermill nbs/study.ipynb OUT -y '{")
+    files = sorted((tmp_path / "runs").glob("*.json"))
+    times = {p: p.stat().st_mtime_ns for p in files}
+    files[0].unlink()  # as if the job had been stopped before this one was written
+    again = papermill(root, "study.ipynb", tmp_path / "again.ipynb", parameters)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert [p for p in pieces if p.stat().st_mtime_ns != times[p]] == pieces[:1]
-    assert [(r["steps"], r["fd"]) for r in json.loads(written.read_text())["rows"]] == [
-        (r["steps"], r["fd"]) for r in first
-    ]
+    assert [p for p in files if p.stat().st_mtime_ns != times[p]] == files[:1]
+    second = select(load_rows(tmp_path / f"{name}.json").rows, metric="fd")
+    assert {(r.variant, r.sampler, r.steps): r.value for r in second} == found
 
 
-def test_compare_adds_what_a_piece_lacks_and_refuses_another_kind(root, tmp_path):
-    "More steps are measured on the run that is there; other settings are refused; `gather` trains nothing."
-    small = SMALL.replace("epochs: 1, ", "")
+def test_study_gathers_what_is_there(root, tmp_path):
+    "A study of one variant, then `gather` with two: nothing is trained. Without both, a file is shown."
 
-    def job(changes, **more):
-        fields = dict(dict(train="true", n=64, steps="[1, 2]", seeds="[0]", arms="[paper]"), **more)
-        return papermill(
-            root,
-            "compare.ipynb",
-            tmp_path / "out.ipynb",
-            f"out: {tmp_path / 'runs'}, results: {tmp_path / 'r.json'}, epochs: 1, {changes}"
-            f"{', '.join(f'{k}: {v}' for k, v in fields.items())}, {small}",
-        )
-
-    rows = lambda: {
-        (r["arm"], r["steps"]): r["fd"] for r in json.loads((tmp_path / "r.json").read_text())["rows"]
-    }
-    assert (done := job("")).returncode == 0, done.stderr[-3000:]
-    first, weights = (
-        rows(),
-        next((tmp_path / "runs" / "paper-0" / "checkpoints").iterdir()).stat().st_mtime_ns,
-    )
-    assert (done := job("long_steps: 5, long_arms: null, settle: 2.0e-6, ")).returncode == 0, done.stderr[
-        -3000:
-    ]
-    assert (
-        rows().keys() == {("paper", 1), ("paper", 2), ("paper", 5)} and {k: rows()[k] for k in first} == first
-    )
-    assert next((tmp_path / "runs" / "paper-0" / "checkpoints").iterdir()).stat().st_mtime_ns == weights
-    refused = job("", n=32)
-    assert refused.returncode == 1 and "n: 64 there, 32 here" in refused.stderr
-    gathered = job("gather: true, ", train="false", arms="[paper, regression]")
-    assert (
-        gathered.returncode == 0
-        and rows().keys() == {("paper", 1), ("paper", 2)}
-        and not (tmp_path / "runs" / "regression-0").exists()
-    )
-
-
-@pytest.mark.slow
-def test_compiled_sampling_measures_the_same(root, tmp_path):
-    "More steps on a copy of one run, compiled and not: the same distances, and the early rows untouched."
-    small = SMALL.replace("epochs: 1, ", "")
-
-    def job(name, changes):
-        done = papermill(
-            root,
-            "compare.ipynb",
-            tmp_path / "out.ipynb",
-            f"train: true, out: {tmp_path / name}, results: {tmp_path / name}.json, epochs: 1, n: 64, "
-            f"seeds: [0], arms: [paper], steps: [1], {changes}{small}",
-        )
+    def job(parameters):
+        parameters = f"out: {tmp_path / 'runs'}, results: {tmp_path / 'r.json'}, {parameters}, {STUDY}"
+        done = papermill(root, "study.ipynb", tmp_path / "out.ipynb", parameters)
         assert done.returncode == 0, done.stderr[-3000:]
-        return {r["steps"]: r["fd"] for r in json.loads((tmp_path / f"{name}.json").read_text())["rows"]}
+        return printed(tmp_path / "out.ipynb")
 
-    first = job("plain", "")
-    shutil.copytree(tmp_path / "plain", tmp_path / "fast")
-    plain, fast = (
-        job(name, f"long_steps: 4, long_arms: [paper], compiled: {name == 'fast'}, ")
-        for name in ("plain", "fast")
-    )
-    assert plain.keys() == fast.keys() == {1, 4} and plain[1] == fast[1] == first[1]
-    assert fast[4] == pytest.approx(plain[4], rel=1e-3)
+    job("train: true, variants: [paper]")
+    rows = load_rows(tmp_path / "r.json").rows
+    job("gather: true, variants: [paper, regression]")
+    assert load_rows(tmp_path / "r.json").rows == rows
+    assert not (tmp_path / "runs" / "regression-0").exists()
+    assert "as many real images would score" in job("variants: [paper]")
 
 
 @pytest.mark.parametrize(
-    "notebook, parameters, message",
+    "parameters, message",
     [
-        ("compare.ipynb", "arms: [papr]", "did you mean paper"),
-        ("compare.ipynb", "overrides: {lr: 0.01}", "overrides has lr, which the arms set themselves"),
-        ("compare.ipynb", "steps: [1, 2000]", "steps=2000: the schedule has only T=1000 times"),
-        ("compare.ipynb", "seeds: []", "at least one entry each"),
-        ("compare.ipynb", "n: 0", "n=0: must be an integer >= 1"),
-        ("compare.ipynb", "results: 5", "results=5: must be a path"),
-        ("compare.ipynb", "settle: small", "settle=small: must be None"),
-        (
-            "ablate.ipynb",
-            "overrides: {epochs: 1}",
-            "overrides has epochs, which this job varies or sets itself",
-        ),
-        ("ablate.ipynb", "parts: [d]", "Known: distance, c, T, recipe"),
-        ("ablate.ipynb", "c_values: [-1]", "expected a finite number >= 0"),
-        ("ablate.ipynb", "seed: 1", "unknown parameter seed"),
+        ("variants: [papr]", "did you mean 'paper'"),
+        ("sets: [d]", "set 'd' is unknown"),
+        ("sets: [T], options: {c_values: [1]}", "option 'c_values' is unknown"),
+        ("overrides: {lr: 0.01}", "overrides has lr, which the variants set themselves"),
+        ("overrides: {epochs: 1}", "overrides has epochs, which the study sets itself"),
+        ("steps: [1, 2000]", "steps=2000: the schedule has only T=1000 times"),
+        ("seeds: []", "seeds=[]: must be a list of different integers"),
+        ("n: 0", "n=0: must be an integer >= 1"),
+        ("results: 5", "results=5: must be a path"),
+        ("tolerance: small", "tolerance='small': must be None"),
+        ("sets: [c], options: {c_values: [-1.0]}", "expected a finite number >= 0"),
+        ("seed: 1", "unknown parameter seed"),
     ],
 )
-def test_a_job_of_many_runs_refuses_before_any_work(root, tmp_path, notebook, parameters, message):
-    done = papermill(
-        root, notebook, tmp_path / "out.ipynb", f"train: true, out: {tmp_path / 'runs'}, {parameters}"
-    )
-    assert (
-        done.returncode == 1 and message in done.stderr.replace("'", "") and not (tmp_path / "runs").exists()
-    )
+def test_study_refuses_before_any_work(root, tmp_path, parameters, message):
+    parameters = f"train: true, out: {tmp_path / 'runs'}, {parameters}"
+    done = papermill(root, "study.ipynb", tmp_path / "out.ipynb", parameters)
+    assert done.returncode == 1 and message in done.stderr and not (tmp_path / "runs").exists()
 
 
 def test_a_preset_brings_its_objective(root, tmp_path):

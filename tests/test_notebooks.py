@@ -12,14 +12,17 @@ import pytest
 
 NBS = pathlib.Path(__file__).resolve().parents[1] / "nbs"
 JOBS = {
-    "ablate",
     "train",
     "benchmark",
     "classifiers",
-    "compare",
     "evaluate",
+    "study",
 }  # papermill jobs, minutes each: tests/test_jobs.py runs them, at a small size
-RUN = "import sys; from nbdev.test import test_nb; ok, _ = test_nb(sys.argv[1], skip_flags=['notest'], force_flags=['slow'], basepath=sys.argv[2]); sys.exit(not ok)"
+RUN = (
+    "import sys; from nbdev.test import test_nb; "
+    "ok, _ = test_nb(sys.argv[1], skip_flags=['notest'], force_flags=['slow'], basepath=sys.argv[2]); "
+    "sys.exit(not ok)"
+)
 
 
 def notebooks(but=()):
