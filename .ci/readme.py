@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Write README.md from nbs/index.ipynb, or with --check say whether README.md is what it gives.
 
-Links to the other notebooks become links into nbs/. A picture images/NAME.png is the figure of the cell that is tagged
-`readme-NAME` in some notebook, so that README shows what the notebooks show. (nbdev-readme does the first part with
-Quarto; this needs nothing but nbconvert.)
+Links to the other notebooks become links into nbs/. A picture images/NAME.png is the figure of the cell that
+is tagged `readme-NAME` in some notebook, so that README shows what the notebooks show. (nbdev-readme does the
+first part with Quarto; this needs nothing but nbconvert.)
 """
 
 import base64

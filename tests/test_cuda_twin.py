@@ -27,7 +27,7 @@ from dddm.schedule import VPSchedule
 from dddm.store import DTYPES, EstimateStore
 from dddm.unet import UNet
 
-# Every objective and estimate. A training step may wait for the device once, for the flags of the step before.
+# Every objective and estimate. A training step may wait for the device once, for the flags of the last step.
 MOST_SYNCS = 1
 KNOWN = [
     ("paper", "store"),

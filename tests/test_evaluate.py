@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from dddm.config import TrainConfig
 from dddm.data import digits
 from dddm.metrics import Result, check_kind, evaluate
-from dddm.objectives import generate
 from dddm.presets import preset
 from dddm.runs import load
+from dddm.sampling import sample
 from dddm.sources import CIFAR10
 from dddm.store import encode
 from dddm.tables import load_results, save_results
@@ -73,7 +73,8 @@ def test_interrupted_and_damaged_ends_in_the_numbers_of_the_library(root, run, t
     one go.
     """
     out = tmp_path / "results"
-    parameters = f"run: {run}, out: {out}, n: 80, batch_size: 40, steps: [3, 1, 200], seeds: [0, 1], all_seeds_to: 3, device: cpu"
+    parameters = f"run: {run}, out: {out}, n: 80, batch_size: 40, device: cpu, "
+    parameters += "steps: [3, 1, 200], seeds: [0, 1], all_seeds_to: 3"
     process = subprocess.Popen(
         command(root, tmp_path / "broken.ipynb", parameters),
         cwd=root,
@@ -107,11 +108,11 @@ def test_interrupted_and_damaged_ends_in_the_numbers_of_the_library(root, run, t
     ] + ["noise"]
     assert (
         about["cells"]["tiny, 3 steps, seed 1"] == dict(run="tiny", steps=3, seed=1)
-        and about["subjects"]["tiny"]["sampler"] == "fixed"
+        and about["subjects"]["tiny"]["sampler"] == "iterate"
     )
     metrics = ("fd", "precision", "recall", "diversity", "mean shift", "confident")
     for seed, steps in ((0, (1, 3, 200)), (1, (1, 3))):
-        for s, x in generate(load(run), "fixed", 80, steps, seed, batch_size=40).items():
+        for s, x in sample(load(run), 80, steps, "iterate", seed, batch_size=40).items():
             scored = found[f"tiny, {s} steps, seed {seed}"]
             assert 0 <= scored["copies"].value <= 1
             expected = evaluate(
@@ -137,7 +138,7 @@ def test_two_runs_with_another_sampler(root, run, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found, about = load_results(tmp_path / "results" / "results.json")
     assert {name: s["sampler"] for name, s in about["subjects"].items()} == {
-        "tiny": "fixed",
+        "tiny": "iterate",
         "regression": "ddim",
     }
     again = papermill(
@@ -149,10 +150,10 @@ def test_two_runs_with_another_sampler(root, run, tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
     images = load_file(next((tmp_path / "renoise" / "samples").rglob("seed3-steps4.safetensors")))["images"]
     assert (
-        images.int() - encode(generate(load(run), "renoise", 80, (4,), seed=3)[4], torch.uint8).int()
+        images.int() - encode(sample(load(run), 80, 4, "renoise", seed=3), torch.uint8).int()
     ).abs().max() <= 1  # this model reads its estimate
     expected = evaluate(
-        generate(load(other), "ddim", 80, (4,), seed=3)[4],
+        sample(load(other), 80, 4, "ddim", seed=3),
         digits(),
         "digits",
         "fd",
@@ -307,7 +308,7 @@ def test_results_tables(results_script, tmp_path):
         distance="FD-digits",
         data="digits",
         real=dict(n=50, reference_n=50, precision=0.9, recall=0.8),
-        subjects=dict(a=dict(objective="paper", sampler="fixed", epochs=3, budget="few images")),
+        subjects=dict(a=dict(objective="paper", sampler="iterate", epochs=3, budget="few images")),
     )
     runs = {
         **{label: {"FD-digits": made_up(10.0 + 2 * k, k)} for k, label in enumerate(cells)},

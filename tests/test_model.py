@@ -64,7 +64,7 @@ def test_exact_net_against_root_finding_on_quantiles():
     for t in (1, 50, 300, 1000):
         for x in (-1.1, 0.05, 0.9):
             share = cdf(x, schedule.alphas_bar[t].item())
-            expected = brentq(lambda y: cdf(y, 1.0) - share, -6, 6, xtol=1e-13)
+            expected = brentq(lambda y, share=share: cdf(y, 1.0) - share, -6, 6, xtol=1e-13)
             got = model(torch.zeros(1, 1).double(), torch.tensor([[x]]).double(), torch.tensor([t])).item()
             assert got == pytest.approx(expected, abs=1e-7)
 
@@ -80,7 +80,7 @@ def test_exact_F_against_a_plain_solver_in_3_dimensions():
     for T in (500, 1000):
         schedule, x = VPSchedule(T), x_T
         lam = -schedule.alphas_bar.log()
-        slope = lambda x, s: -0.5 * (x + mix.score(x, s, schedule))
+        slope = lambda x, s, schedule=schedule: -0.5 * (x + mix.score(x, s, schedule))
         for s in range(T, 0, -1):
             h, k = lam[s - 1] - lam[s], slope(x, s)
             x = x + h / 2 * (k + slope(x + h * k, s - 1))

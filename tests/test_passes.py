@@ -44,7 +44,9 @@ def graphs(monkeypatch):
 
 @pytest.mark.parametrize("objective, estimate, classes", GRAPH_CASES)
 def test_a_run_is_one_graph(objective, estimate, classes, graphs, few_images, tmp_path):  # noqa: F811
-    """Three epochs with a smaller last batch, two parts a batch, levels that grow, labels, dropout: one graph, and the losses of eager passes.
+    """Three epochs are one graph, with the losses of eager passes.
+
+    They have a smaller last batch, two parts a batch, levels that grow, labels and dropout.
 
     fullgraph: a break in the graph is an error."""
     fields = dict(

@@ -94,7 +94,9 @@ class Net(torch.nn.Module):
     shape = (1, 4, 4)
     def forward(self, x_t, t, e, label): return x_t - torch.tanh(0.5 * e + x_t)
 def part(start, n): return sample(DDDM(Net(), VPSchedule()), n, 5, seed=2, start=start)
-if __name__ == "__main__": torch.set_num_threads(1); torch.save(part(int(sys.argv[1]), int(sys.argv[2])), sys.argv[3])
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.save(part(int(sys.argv[1]), int(sys.argv[2])), sys.argv[3])
 """
 
 

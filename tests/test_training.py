@@ -224,7 +224,7 @@ def test_first_loss_that_is_no_number_names_step_and_samples(tmp_path, monkeypat
     monkeypatch.setitem(OBJECTIVES, "paper", OBJECTIVES["paper"]._replace(loss=broken))
     with pytest.raises(
         FloatingPointError,
-        match=r"the loss is nan at step 0 \(epoch 0\), for the samples \[\d+, .* no checkpoint had been saved",
+        match=r"loss is nan at step 0 \(epoch 0\), for the samples \[\d+, .* no checkpoint had been saved",
     ):
         train(TrainConfig(**TINY), tmp_path / "run", progress=False)
 

@@ -23,7 +23,7 @@ from dddm.zoo import SHIPPED, Pretrained
 FILES = {"config.json", "model.safetensors", "README.md"}
 
 
-def config(**fields):
+def small_config(**fields):
     small = dict(epochs=1, batch=600, checkpoint_every=3, sample_every=0, device="cpu")
     return presets.preset("digits", **{**small, "net": dict(base=16, attention=[], estimate=[4]), **fields})
 
@@ -31,7 +31,7 @@ def config(**fields):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A run of three steps."
-    return training.train(config(), tmp_path_factory.mktemp("runs") / "short", progress=False)
+    return training.train(small_config(), tmp_path_factory.mktemp("runs") / "short", progress=False)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def test_export_keeps_no_path(tmp_path):
         Image.new("L", (8, 8), 30 * i).save(images / "a" / f"{i}.png")
     store = tmp_path / "private" / "store.bin"
     fields = dict(data=str(images), store_path=str(store), batch=8)
-    run = training.train(config(**fields), tmp_path / "run", progress=False)
+    run = training.train(small_config(**fields), tmp_path / "run", progress=False)
     Pretrained.from_pretrained(run).save_pretrained(tmp_path / "model", command="a test")
     assert not any(b"private" in c for c in content(tmp_path / "model").values())
     fields = about(tmp_path / "model")["config"]
@@ -163,7 +163,7 @@ def test_export_keeps_no_path(tmp_path):
 @pytest.mark.parametrize("objective", ["paper", "regression", "improved_consistency"])
 def test_a_pretrained_model_answers_like_what_it_was_made_of(objective, tmp_path):
     "Also where the network is scaled to the boundary, or sees zeros in place of the estimate."
-    fields = config(objective=objective)
+    fields = small_config(objective=objective)
     model = config.build(fields).eval()
     for p in model.parameters():
         p.data = p.data.half().float() + 1e-2  # zero layers, too, have an effect
