@@ -115,7 +115,7 @@ def preset(name: str, **overrides) -> TrainConfig:
 
     `net` and `distance_options` are merged with the preset's: `net=dict(dropout=0.1)` changes dropout alone.
     Raises `ValueError` for an unknown preset or field (it lists the known ones and suggests the nearest), and
-    for impossible values. Warns where `objective` becomes a consistency one and the rest of the recipe stays out.
+    for impossible values. Warns where `objective` becomes a consistency one without the rest of the recipe.
     """
     refuse_unknown("preset", name, PRESETS)
     fields = dict(PRESETS[name])
