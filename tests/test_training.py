@@ -25,8 +25,8 @@ from dddm.training import train
 def kill_and_resume(config, out, kills, seed):
     """Kill the run `kills` times, then let it finish. Returns how many it killed.
 
-    Every other kill falls at a random instant of its start: imports, restoring, trimming the history. The others
-    come after it logged something new, at a random moment: into steps, logs and checkpoints alike."""
+    Every other kill falls at a random instant of its start: imports, restoring, trimming the history. The
+    others come after it logged something new, at a random moment: into steps, logs and checkpoints alike."""
     rng, done = random.Random(seed), 0
     logged = lambda: (out / "speed.jsonl").stat().st_size if (out / "speed.jsonl").exists() else 0
     for k in range(kills):
@@ -100,9 +100,9 @@ def joined(n, batch, seed, epoch, world=1, drop_last=False):
 def test_two_processes_are_one(tmp_path):
     """Two gloo ranks against one process: the same global batches, equal gradients up to rounding.
 
-    Every row is written by its owner alone. 1,797 samples in batches of 898 leave one sample, for rank 0, in the
-    last batch: rank 1 then has none. Micro-batches cut each share. The rate is next to nothing, so that the
-    comparison is of gradients and not of signs that Adam makes of rounding errors."""
+    Every row is written by its owner alone. 1,797 samples in batches of 898 leave one sample, for rank 0, in
+    the last batch: rank 1 then has none. Micro-batches cut each share. The rate is next to nothing, so that
+    the comparison is of gradients and not of signs that Adam makes of rounding errors."""
     fields = dict(epochs=1, batch=898, micro_batch=200, lr=1e-12)
     config = write_config(tmp_path / "config.json", **fields)
     done = subprocess.run(two_ranks(config, tmp_path / "two"), capture_output=True, text=True, timeout=300)
