@@ -1,7 +1,5 @@
-"""How a pass is made.
-
-One compiled graph, its number format, its size, what the program waits for, where the history goes.
-"""
+"""How a pass is made: one compiled graph, its number format, its size, what the program waits for, where the
+history goes."""
 
 import importlib.util
 import json
@@ -44,9 +42,9 @@ def graphs(monkeypatch):
 
 @pytest.mark.parametrize("objective, estimate, classes", GRAPH_CASES)
 def test_a_run_is_one_graph(objective, estimate, classes, graphs, few_images, tmp_path):  # noqa: F811
-    """Three epochs are one graph, with the losses of eager passes.
+    """One graph, and the losses of eager passes.
 
-    They have a smaller last batch, two parts a batch, levels that grow, labels and dropout.
+    Three epochs with a smaller last batch, two parts a batch, levels that grow, labels, dropout.
 
     fullgraph: a break in the graph is an error."""
     fields = dict(
@@ -82,8 +80,8 @@ def test_generated_code_gives_the_eager_gradients(objective, few_images, tmp_pat
 
 
 def test_a_graph_that_cannot_be_made_is_a_warning(few_images, tmp_path):  # noqa: F811
-    "compile=None on the simulated device, for which nothing can be compiled: the run goes on in eager"
-    "passes, and says so."
+    """compile=None on the simulated device, for which nothing can be compiled: the run goes on in eager
+    passes, and says so."""
     with cuda_twin(), pytest.warns(UserWarning, match="passes stay eager"):
         run = training.start_run(tiny(compile=None), tmp_path)
         assert not run.compiled and "eager, of up to 6 images" in passes.describe(run)
@@ -119,8 +117,8 @@ def test_the_micro_batch_follows_the_memory(free, compiled, wanted, monkeypatch)
 
 
 def test_what_is_not_finite_is_noticed_a_step_late(few_images, tmp_path, monkeypatch):  # noqa: F811
-    "On a GPU the step itself does not look; the next one, or a checkpoint, does, and names the step and"
-    "its samples."
+    """On a GPU the step itself does not look; the next one, or a checkpoint, does, and names the step and its
+    samples."""
     for looks in (training.step, training.save):
         with cuda_twin():
             run = training.start_run(tiny(), tmp_path / looks.__name__)
@@ -159,10 +157,8 @@ def test_weights_in_another_memory_format_are_saved(few_images, tmp_path):  # no
 
 @pytest.mark.parametrize("sampler", sampling.SAMPLERS)
 def test_a_sampled_batch_waits_once(sampler):
-    """Five images in batches of two, at two numbers of steps.
-
-    Three waits, and an image that is not finite is told at the end.
-    """
+    """Five images in batches of two, at two numbers of steps: three waits, and an image that is not finite is
+    told at the end."""
     model = config.build(TrainConfig(net=ONE_BLOCK)).eval()
     wanted = sampling.sample(model, 5, (1, 3), sampler, batch_size=2)
     with cuda_twin() as record:
@@ -181,7 +177,7 @@ def test_a_sampled_batch_waits_once(sampler):
 
 
 def test_bfloat16_samples_where_they_are_as_good():
-    model = build(TrainConfig(net=ONE_BLOCK)).eval()
+    model = config.build(TrainConfig(net=ONE_BLOCK)).eval()
     assert sampling.sampling_dtype(model, "auto") == torch.float32  # a CPU
     with cuda_twin(), torch.no_grad():
         model.to("cuda")

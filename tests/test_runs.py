@@ -75,8 +75,7 @@ def test_directory_of_another_run(tmp_path):
 
 def test_a_process_that_is_refused_leaves_the_run_alone(tmp_path):
     """While one process trains, another is refused before it touches configuration, history or the store's
-    file.
-    """
+    file."""
     fields = {**TINY, "epochs": 1, "store_path": str(tmp_path / "store.bin")}
     run = train(TrainConfig(**fields), tmp_path / "run", progress=False)
     (run / "history.jsonl").write_text(
@@ -108,10 +107,8 @@ def test_fewer_epochs_than_were_trained(tmp_path):
 
 
 def test_more_epochs_where_steps_follow_the_progress(tmp_path):
-    """A rate that falls, or noise levels that double, depend on the number of epochs.
-
-    The longer run says that it is another one.
-    """
+    """A rate that falls, or noise levels that double, depend on the number of epochs: the longer run says
+    that it is another one."""
     for name, more in (("rate", dict(lr_decay=0.5)), ("levels", dict(objective="consistency"))):
         fields = {**TINY, **more}
         run = train(TrainConfig(**{**fields, "epochs": 1}), tmp_path / name, progress=False)
@@ -152,10 +149,8 @@ def test_resume_on_other_images(tmp_path, monkeypatch):
 
 
 def test_a_run_that_never_took_a_step_gives_way(tmp_path, monkeypatch):
-    """A setting that fails late (here.
-
-    The disk) must not leave a directory that refuses the corrected setting.
-    """
+    """A setting that fails late (here: the disk) must not leave a directory that refuses the corrected
+    setting."""
     with monkeypatch.context() as patch:
         patch.setattr(training, "check_disk", lambda out, needed: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError):
@@ -222,10 +217,8 @@ def test_a_run_on_images_that_moved_goes_on(tmp_path, monkeypatch):
 
 
 def test_a_run_of_before_loads_and_goes_on(tmp_path):
-    """A run whose config.json has the old names.
-
-    Its model loads, and a resumed run ends where an unbroken one does.
-    """
+    """A run whose config.json has the old names: its model loads, and a resumed run ends where an unbroken
+    one does."""
     fields = {**TINY, "objective": "consistency", "level_distribution": "rising", "sampler": "iterate"}
     config = TrainConfig(**fields)
 

@@ -23,10 +23,10 @@ from dddm.training import train
 
 
 def kill_and_resume(config, out, kills, seed):
-    """Kill the run `kills` times, then let it finish. Every other kill falls at a random instant of its
-    start (imports, restoring, trimming the history); the others after it logged something new, at a random
-    moment: into steps, logs and checkpoints alike. Returns how many it killed.
-    """
+    """Kill the run `kills` times, then let it finish. Returns how many it killed.
+
+    Every other kill falls at a random instant of its start: imports, restoring, trimming the history. The
+    others come after it logged something new, at a random moment: into steps, logs and checkpoints alike."""
     rng, done = random.Random(seed), 0
     logged = lambda: (out / "speed.jsonl").stat().st_size if (out / "speed.jsonl").exists() else 0
     for k in range(kills):
@@ -98,13 +98,11 @@ def joined(n, batch, seed, epoch, world=1, drop_last=False):
 
 
 def test_two_processes_are_one(tmp_path):
-    """Two gloo ranks against one process: the same global batches, equal gradients up to rounding, every row
-    written by its owner alone.
+    """Two gloo ranks against one process: the same global batches, equal gradients up to rounding.
 
-    1,797 samples in batches of 898 leave one sample, for rank 0, in the last batch: rank 1 then has none.
-    Micro-batches cut each share. The rate is next to nothing, so that the comparison is of gradients and not
-    of signs that Adam makes of rounding errors.
-    """
+    Every row is written by its owner alone. 1,797 samples in batches of 898 leave one sample, for rank 0, in
+    the last batch: rank 1 then has none. Micro-batches cut each share. The rate is next to nothing, so that
+    the comparison is of gradients and not of signs that Adam makes of rounding errors."""
     fields = dict(epochs=1, batch=898, micro_batch=200, lr=1e-12)
     config = write_config(tmp_path / "config.json", **fields)
     done = subprocess.run(two_ranks(config, tmp_path / "two"), capture_output=True, text=True, timeout=300)
@@ -169,10 +167,8 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path):
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(tmp_path):
-    """The operating system refuses to let files grow (RLIMIT_FSIZE) after the first checkpoint.
-
-    The run names that checkpoint, and goes on later.
-    """
+    """The operating system refuses to let files grow (RLIMIT_FSIZE) after the first checkpoint; the run names
+    that checkpoint, and goes on later."""
     config = write_config(tmp_path / "config.json")
     code = f"""
 import resource, signal, sys
@@ -200,10 +196,8 @@ training.train(config, {str(tmp_path / "run")!r}, callback=limit, progress=False
 
 
 def test_loss_that_is_no_number(tmp_path):
-    """A rate that blows the weights up.
-
-    The run stops, names step, samples and checkpoint, and the checkpoint's weights are finite.
-    """
+    """A rate that blows the weights up: the run stops, names step, samples and checkpoint, and the
+    checkpoint's weights are finite."""
     with pytest.raises(FloatingPointError, match=r"the last good checkpoint is .*step-\d+") as caught:
         train(
             TrainConfig(**{**TINY, "lr": 1e19, "checkpoint_every": 1, "epochs": 20}),
@@ -224,7 +218,8 @@ def test_first_loss_that_is_no_number_names_step_and_samples(tmp_path, monkeypat
     monkeypatch.setitem(OBJECTIVES, "paper", OBJECTIVES["paper"]._replace(loss=broken))
     with pytest.raises(
         FloatingPointError,
-        match=r"loss is nan at step 0 \(epoch 0\), for the samples \[\d+, .* no checkpoint had been saved",
+        match=r"the loss is nan at step 0 \(epoch 0\), for the samples \[\d+, "
+        ".* no checkpoint had been saved",
     ):
         train(TrainConfig(**TINY), tmp_path / "run", progress=False)
 
@@ -270,11 +265,8 @@ def test_a_second_run_may_want_another_format(tmp_path):
 
 
 def test_flipped_samples_keep_the_store_in_one_orientation(tmp_path, monkeypatch):
-    """At t = 1 and F = 0 an estimate is its image.
-
-    In the second epoch a mirrored image must meet its estimate mirrored, and the store hold it as the data
-    have it.
-    """
+    """At t = 1 and F = 0 an estimate is its image. In the second epoch a mirrored image must meet its
+    estimate mirrored, and the store hold it as the data have it."""
     seen = []
 
     def watch(model, d, schedule, part, estimate):
@@ -350,10 +342,8 @@ def test_the_callers_random_state_is_left(tmp_path):
 
 
 def test_a_store_file_that_an_abandoned_run_left_is_not_read(tmp_path):
-    """Killed before the first checkpoint, a run begins again.
-
-    Its store file must not remember the first attempt.
-    """
+    """Killed before the first checkpoint, a run begins again; its store file must not remember the first
+    attempt."""
     fields = {**TINY, "epochs": 1, "checkpoint_every": 100, "store_path": str(tmp_path / "store.bin")}
 
     def stop(record):
@@ -367,11 +357,8 @@ def test_a_store_file_that_an_abandoned_run_left_is_not_read(tmp_path):
 
 
 def test_the_rate_falls_over_the_last_share(tmp_path):
-    """lr_decay.
-
-    Adam's own rate, read at each step, is constant, then falls linearly; a run stopped in the fall ends
-    where the whole one does; 0 leaves the paper's constant.
-    """
+    """lr_decay: Adam's own rate, read at each step, is constant, then falls linearly; a run stopped in the
+    fall ends where the whole one does; 0 leaves the paper's constant."""
     fields, seen = {**TINY, "epochs": 1, "checkpoint_every": 5, "lr": 1e-3, "lr_decay": 0.5}, []
     run = training.start_run(TrainConfig(**fields), tmp_path / "whole")
     while run.done < run.steps:
@@ -403,10 +390,8 @@ def test_the_rate_falls_over_the_last_share(tmp_path):
 
 
 def test_a_distance_that_has_not_seen_imagenet_trains(tmp_path):
-    """`distance_options.
-
-    {features: digits}`: Pseudo-LPIPS on a trunk of our own, by name, through checkpoint and resume.
-    """
+    """`distance_options: {features: digits}`: Pseudo-LPIPS on a trunk of our own, by name, through checkpoint
+    and resume."""
     fields = dict(
         shape=(1, 8, 8),
         net=dict(base=8, multipliers=(1,), blocks=1, attention=(), estimate=(8,)),
@@ -427,10 +412,8 @@ def test_a_distance_that_has_not_seen_imagenet_trains(tmp_path):
 
 @pytest.mark.slow
 def test_the_slurm_script_saves_and_queues_again(tmp_path, root):
-    """The script of the notebook, on two ranks.
-
-    SIGTERM, as SLURM sends it, leaves a checkpoint and a job in the queue.
-    """
+    """The script of the notebook, on two ranks: SIGTERM, as SLURM sends it, leaves a checkpoint and a job in
+    the queue."""
     text = next(
         c["source"]
         for c in json.loads((root / "nbs" / "09c_training.ipynb").read_text())["cells"]
