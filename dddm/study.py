@@ -25,6 +25,7 @@ from .extractors import LIBRARY, Extractor, Features, extract, load_extractor, r
 from .metrics import class_counts, copied_noise, energy_distance, measure, memorisation
 from .objectives import OBJECTIVES, Batch, estimate_of, needs_store, network_estimate
 from .passes import load_images, open_distance, open_store
+from .pictures import COLOURS
 from .presets import CONSISTENCY, FEW_STEPS, PRESETS, preset
 from .runs import history, load, newest_checkpoint, step_of
 from .sampling import check_tolerance, draws, sample, step_counts, times_down
@@ -185,31 +186,30 @@ def gap_table(rows: list[Row], metrics: dict[str, str] = ERRORS, digits: int = 3
 
 # %% ../nbs/12_study.ipynb #12-study-015
 # fmt: off
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
-GROUPS = {  # {title of a panel: {variant: colour}}
+GROUPS = {  # {title of a panel: {variant: name of its colour}}
     "the estimate leaks": {
-        "paper": VERMILION, "paper, falling rate": ORANGE, "paper, truth": PURPLE,
-        "published code": BLACK, "consistency, store": SKY},
+        "paper": "vermilion", "paper, falling rate": "sky blue", "paper, truth": "purple",
+        "published code": "orange", "consistency, store": "green"},
     "target $x_0$, no leak": {
-        "paper, noise": SKY, "paper, shuffled": ORANGE, "paper, self": GREEN, "regression": BLACK},
+        "paper, noise": "sky blue", "paper, shuffled": "orange", "paper, self": "green",
+        "regression": "black"},
     "consistency, rising levels": {
-        "consistency": BLUE, "consistency, noise": SKY, "improved consistency": PURPLE},
+        "consistency": "blue", "consistency, noise": "sky blue", "improved consistency": "purple"},
     "consistency, lognormal levels": {
-        "consistency, lognormal": GREEN, "improved consistency, lognormal": ORANGE,
-        "consistency, few steps": VERMILION, "improved consistency, few steps": BLACK},
+        "consistency, lognormal": "green", "improved consistency, lognormal": "orange",
+        "consistency, few steps": "vermilion", "improved consistency, few steps": "black"},
 }
 # fmt: on
-COLOURS = {name: colour for group in GROUPS.values() for name, colour in group.items()}
 
 
 def colours_of(names: list[str]) -> dict[str, str]:
     "A colour for each variant of a panel: its own, or one that no other of them has."
-    found = {name: COLOURS[name] for name in names if name in COLOURS}
-    palette = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, YELLOW)
+    own = {name: colour for group in GROUPS.values() for name, colour in group.items()}
+    found = {name: own[name] for name in names if name in own}
+    palette = ("blue", "vermilion", "green", "orange", "purple", "sky blue", "black", "yellow")
     free = [colour for colour in palette if colour not in found.values()] or list(palette)
-    rest = [name for name in names if name not in found]
-    return found | {name: free[k % len(free)] for k, name in enumerate(rest)}
+    found |= {name: free[k % len(free)] for k, name in enumerate(n for n in names if n not in own)}
+    return {name: COLOURS[colour] for name, colour in found.items()}
 
 
 def groups_of(rows: list[Row], config: dict | None = None) -> dict[str, list[str]]:
