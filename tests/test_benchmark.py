@@ -83,7 +83,7 @@ def test_committed_tables_are_what_the_cells_compute(cells, names):
 
 
 def test_peers_are_of_equal_size_and_named(root):
-    "The committed comparison: versions, threads, sizes, and networks within 3% of ours."
+    "Networks within 3% of ours; the published one, whose widths are multiples of 32, within 10%."
     peers = json.loads((root / "nbs" / "results" / "benchmark-peers.json").read_text())
     assert peers["threads"] == 1
     assert peers["versions"].keys() == {"torch", "diffusers", "denoising-diffusion-pytorch"}
@@ -92,5 +92,6 @@ def test_peers_are_of_equal_size_and_named(root):
         ours = row if row["library"] == "dddm" else ours
         middle, low, high = row["over_ours"]
         assert low <= middle <= high
-        assert row["parameters"] == pytest.approx(ours["parameters"], rel=0.03)
+        allowed = 0.1 if row["library"] == "published code" else 0.03
+        assert row["parameters"] == pytest.approx(ours["parameters"], rel=allowed)
         assert middle == pytest.approx(row["seconds"] / ours["seconds"], rel=0.25)
