@@ -203,13 +203,15 @@ GROUPS = {  # {title of a panel: {variant: name of its colour}}
 
 
 def colours_of(names: list[str]) -> dict[str, str]:
-    "A colour for each variant of a panel: its own, or one that no other of them has."
+    "A colour for each variant of a panel, no two alike: its own, unless a variant before it has that one."
     own = {name: colour for group in GROUPS.values() for name, colour in group.items()}
-    found = {name: own[name] for name in names if name in own}
-    palette = ("blue", "vermilion", "green", "orange", "purple", "sky blue", "black", "yellow")
-    free = [colour for colour in palette if colour not in found.values()] or list(palette)
-    found |= {name: free[k % len(free)] for k, name in enumerate(n for n in names if n not in own)}
-    return {name: COLOURS[colour] for name, colour in found.items()}
+    free = ["blue", "vermilion", "green", "orange", "purple", "sky blue", "black", "yellow"]
+    found = {}
+    for name in sorted(names, key=lambda name: name not in own):  # those with a colour of their own first
+        colour = own.get(name) if own.get(name) in free else (free or ["grey"])[0]
+        found[name] = COLOURS[colour]
+        free = [other for other in free if other != colour]
+    return found
 
 
 def groups_of(rows: list[Row], config: dict | None = None) -> dict[str, list[str]]:
