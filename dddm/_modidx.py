@@ -654,6 +654,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'dddm.study.c_variants': ('study.html#c_variants', 'dddm/study.py'),
                             'dddm.study.check_overrides': ('study.html#check_overrides', 'dddm/study.py'),
                             'dddm.study.check_study': ('study.html#check_study', 'dddm/study.py'),
+                            'dddm.study.check_variant': ('study.html#check_variant', 'dddm/study.py'),
                             'dddm.study.chosen_variants': ('study.html#chosen_variants', 'dddm/study.py'),
                             'dddm.study.circumstances': ('study.html#circumstances', 'dddm/study.py'),
                             'dddm.study.classes_in_turn': ('study.html#classes_in_turn', 'dddm/study.py'),

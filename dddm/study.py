@@ -28,7 +28,7 @@ from .passes import load_images, open_distance, open_store
 from .pictures import COLOURS
 from .presets import CONSISTENCY, FEW_STEPS, PRESETS, preset
 from .runs import history, load, newest_checkpoint, step_of
-from .sampling import check_tolerance, draws, sample, step_counts, times_down
+from .sampling import SAMPLERS, check_tolerance, draws, sample, step_counts, times_down
 from .store import whole_file
 from .tables import mean_range
 from .training import train
@@ -524,11 +524,20 @@ def check_study(study: Study) -> None:
     check_count("n", study.n)
     check_tolerance(study.tolerance, "iterate")
     for variant in study.variants:
-        config = study.config(variant, study.seeds[0])
-        for sampler in variant.samplers:
-            for steps in step_counts(study.steps):
-                if sampler != "iterate":
-                    times_down(config.T, steps)
+        check_variant(variant, study.config(variant, study.seeds[0]).T, step_counts(study.steps))
+
+
+def check_variant(variant: Variant, T: int, steps: list[int]) -> None:
+    "`ValueError` for a name that is no file's, unknown samplers, and numbers of steps that one cannot take."
+    if Path(variant.name).name != variant.name:
+        raise ValueError(f"variant {variant.name!r}: its name must do for a file")
+    if not variant.samplers:
+        raise ValueError(f"variant {variant.name!r} has no sampler")
+    for sampler in variant.samplers:
+        refuse_unknown("sampler", sampler, SAMPLERS)
+        if sampler != "iterate":
+            for s in steps:
+                times_down(T, s)
 
 
 def check_overrides(study: Study) -> None:
@@ -832,7 +841,7 @@ def trained_files(study: Study, inputs: Inputs) -> list[VariantFile]:
 
 def asked_rows(study: Study, file: VariantFile) -> list[Row]:
     "A file's rows, but for numbers of steps that this study does not ask for."
-    asked = (None, *study.steps)
+    asked = (None, *step_counts(study.steps))
     return [row for row in file.rows if row.training_step is not None or row.steps in asked]
 
 

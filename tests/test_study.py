@@ -171,6 +171,9 @@ def test_gather_of_nothing(tmp_path):
         (dict(tolerance="small"), "tolerance='small': must be None"),
         (dict(variants=[]), "at least one entry each"),
         (dict(variants=[Variant("a", dict(objectiv="paper"), ("iterate",))]), "did you mean 'objective'"),
+        (dict(variants=[Variant("a", {}, ("iterated",))]), "did you mean 'iterate'"),
+        (dict(variants=[Variant("a", {}, ())]), "has no sampler"),
+        (dict(variants=[Variant("a/b", {}, ("iterate",))]), "its name must do for a file"),
     ],
 )
 def test_refused_before_any_work(tmp_path, changes, message):
