@@ -659,6 +659,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'dddm.study.chosen_variants': ('study.html#chosen_variants', 'dddm/study.py'),
                             'dddm.study.circumstances': ('study.html#circumstances', 'dddm/study.py'),
                             'dddm.study.classes_in_turn': ('study.html#classes_in_turn', 'dddm/study.py'),
+                            'dddm.study.colours_of': ('study.html#colours_of', 'dddm/study.py'),
                             'dddm.study.course': ('study.html#course', 'dddm/study.py'),
                             'dddm.study.data_posterior_mean': ('study.html#data_posterior_mean', 'dddm/study.py'),
                             'dddm.study.distance_variant': ('study.html#distance_variant', 'dddm/study.py'),

@@ -25,6 +25,7 @@ from .extractors import LIBRARY, Extractor, Features, extract, load_extractor, r
 from .metrics import class_counts, copied_noise, energy_distance, measure, memorisation
 from .objectives import OBJECTIVES, Batch, estimate_of, needs_store, network_estimate
 from .passes import load_images, open_distance, open_store
+from .pictures import COLOURS
 from .presets import CONSISTENCY, FEW_STEPS, PRESETS, preset
 from .runs import history, load, newest_checkpoint, step_of
 from .sampling import check_tolerance, draws, sample, step_counts, times_down
@@ -185,22 +186,32 @@ def gap_table(rows: list[Row], metrics: dict[str, str] = ERRORS, digits: int = 3
 
 # %% ../nbs/12_study.ipynb #12-study-015
 # fmt: off
-BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
-YELLOW, BLUE, VERMILION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
-GROUPS = {  # {title of a panel: {variant: colour}}
+GROUPS = {  # {title of a panel: {variant: name of its colour}}
     "the estimate leaks": {
-        "paper": VERMILION, "paper, falling rate": ORANGE, "paper, truth": PURPLE,
-        "published code": BLACK, "consistency, store": SKY},
+        "paper": "vermilion", "paper, falling rate": "sky blue", "paper, truth": "purple",
+        "published code": "orange", "consistency, store": "green"},
     "target $x_0$, no leak": {
-        "paper, noise": SKY, "paper, shuffled": ORANGE, "paper, self": GREEN, "regression": BLACK},
+        "paper, noise": "sky blue", "paper, shuffled": "orange", "paper, self": "green",
+        "regression": "black"},
     "consistency, rising levels": {
-        "consistency": BLUE, "consistency, noise": SKY, "improved consistency": PURPLE},
+        "consistency": "blue", "consistency, noise": "sky blue", "improved consistency": "purple"},
     "consistency, lognormal levels": {
-        "consistency, lognormal": GREEN, "improved consistency, lognormal": ORANGE,
-        "consistency, few steps": VERMILION, "improved consistency, few steps": BLACK},
+        "consistency, lognormal": "green", "improved consistency, lognormal": "orange",
+        "consistency, few steps": "vermilion", "improved consistency, few steps": "black"},
 }
 # fmt: on
-COLOURS = {name: colour for group in GROUPS.values() for name, colour in group.items()}
+
+
+def colours_of(names: list[str]) -> dict[str, str]:
+    "A colour for each variant of a panel, no two alike: its own, unless a variant before it has that one."
+    own = {name: colour for group in GROUPS.values() for name, colour in group.items()}
+    free = ["blue", "vermilion", "green", "orange", "purple", "sky blue", "black", "yellow"]
+    found = {}
+    for name in sorted(names, key=lambda name: name not in own):  # those with a colour of their own first
+        colour = own.get(name) if own.get(name) in free else (free or ["grey"])[0]
+        found[name] = COLOURS[colour]
+        free = [other for other in free if other != colour]
+    return found
 
 
 def groups_of(rows: list[Row], config: dict | None = None) -> dict[str, list[str]]:
@@ -224,7 +235,7 @@ def panels(count: int, ylabel: str, xlabel: str):
 
     columns = min(count, 2)
     rows = math.ceil(count / columns)
-    size = (5.5 * columns, 3.7 * rows)
+    size = (4.5 * columns, 3.1 * rows)
     fig, axes = plt.subplots(rows, columns, figsize=size, dpi=100, sharex=True, sharey=True, squeeze=False)
     for ax in axes[-1]:
         ax.set_xlabel(xlabel)
@@ -257,8 +268,7 @@ def plot_steps(rows: list[Row], groups: dict | None = None, metric: str = "fd", 
     groups = groups or groups_of(rows)
     fig, axes = panels(len(groups), "Fréchet distance" if metric == "fd" else metric, "sampling steps")
     for ax, (title, names) in zip(axes, groups.items()):
-        plain = iter([BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, YELLOW] * 3)
-        colours = {name: COLOURS.get(name) or next(plain) for name in names}
+        colours = colours_of(names)
         for variant, sampler in lines_of(rows):
             if variant not in names:
                 continue
@@ -281,7 +291,7 @@ def finish_panel(ax, title: str, real: float | None) -> None:
         ax.axhline(real, color="black", ls=":", lw=1)
     ax.set_yscale("log")
     ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=9)
+    ax.legend(fontsize=8)
 
 
 def plot_course(rows: list[Row], groups: dict | None = None, metric: str = "fd", real: float | None = None):
@@ -289,10 +299,9 @@ def plot_course(rows: list[Row], groups: dict | None = None, metric: str = "fd",
     groups = groups or groups_of(rows)
     fig, axes = panels(len(groups), "Fréchet distance, one step", "training steps")
     for ax, (title, names) in zip(axes, groups.items()):
-        plain = iter([BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, YELLOW] * 3)
-        for name in names:
+        for name, colour in colours_of(names).items():
             if points := course(rows, name, metric):
-                draw_line(ax, points, COLOURS.get(name) or next(plain), name)
+                draw_line(ax, points, colour, name)
         finish_panel(ax, title, real)
     fig.tight_layout()
     return fig

@@ -4,8 +4,6 @@ What it leaves, what it refuses, and that an interrupted one ends where an unbro
 """
 
 import json
-import pathlib
-import runpy
 import shutil
 import signal
 import subprocess
@@ -21,13 +19,13 @@ from safetensors.torch import load_file
 
 from dddm.config import TrainConfig
 from dddm.data import digits
-from dddm.metrics import Result, check_kind, evaluate
+from dddm.metrics import check_kind, evaluate
 from dddm.presets import preset
 from dddm.runs import load
 from dddm.sampling import sample
 from dddm.sources import CIFAR10
 from dddm.store import encode
-from dddm.tables import load_results, save_results
+from dddm.tables import load_results
 from dddm.training import train
 
 SMALL = dict(epochs=1, batch=600, net=dict(base=16, attention=[], estimate=[4]), sample_every=0, device="cpu")
@@ -271,68 +269,3 @@ def test_refuses_before_sampling(root, run, tmp_path, parameters, message):
     )
     assert done.returncode == 1 and message in done.stderr, done.stderr[-2000:]
     assert not list(tmp_path.rglob("samples/*/seed*"))
-
-
-@pytest.fixture(scope="module")
-def results_script():
-    "The script that makes the README's tables, as a module's names."
-    return runpy.run_path(str(pathlib.Path(__file__).resolve().parents[1] / ".ci" / "results.py"))
-
-
-def made_up(value, seed, metric="FD-digits", **other):
-    "A Result with a value of the test's choosing."
-    return Result(
-        **{
-            **dict(
-                metric=metric,
-                value=value,
-                n=50,
-                reference_n=100,
-                reference="r",
-                extractor="digits",
-                weights="0123456789",
-                resize="none",
-                seed=seed,
-                floor=2.0,
-            ),
-            **other,
-        }
-    )
-
-
-def test_results_tables(results_script, tmp_path):
-    "Means and standard deviations over seeds; numbers of different kinds are refused."
-    cells = {f"a, 1 steps, seed {k}": dict(run="a", steps=1, seed=k) for k in (0, 1)}
-    about = dict(
-        cells=cells,
-        distance="FD-digits",
-        data="digits",
-        real=dict(n=50, reference_n=50, precision=0.9, recall=0.8),
-        subjects=dict(a=dict(objective="paper", sampler="iterate", epochs=3, budget="few images")),
-    )
-    runs = {
-        **{label: {"FD-digits": made_up(10.0 + 2 * k, k)} for k, label in enumerate(cells)},
-        "noise": {"FD-digits": made_up(99.0, 0)},
-    }
-    save_results(tmp_path / "evaluate-a.json", runs, **about)
-    text = results_script["section"](tmp_path / "evaluate-a.json")
-    assert (
-        "| 1 | 11 [10, 12] |" in text
-        and "| noise | 99 |" in text
-        and "| real images, expected | 2 |" in text
-        and "n = 50 against the 100 images of digits" in text
-    )
-    save_results(
-        tmp_path / "evaluate-a.json",
-        {**runs, "a, 1 steps, seed 1": {"FD-digits": made_up(12.0, 1, n=60)}},
-        **about,
-    )
-    with pytest.raises(ValueError, match="n is 50 in one and 60 in the other"):
-        results_script["section"](tmp_path / "evaluate-a.json")
-
-
-def test_readme_has_the_tables_of_the_committed_results(root):
-    made = subprocess.run(
-        [sys.executable, root / ".ci" / "results.py", "--check"], capture_output=True, text=True
-    )
-    assert made.returncode == 0, made.stdout + made.stderr

@@ -180,8 +180,8 @@ def test_refused_before_any_work(tmp_path, changes, message):
 
 def test_a_missing_file_is_found_before_the_first_training(tmp_path):
     with pytest.raises(FileNotFoundError):
-        missing = dict(preset="cifar10-small", data_path=str(tmp_path / "none.zip"), overrides={})
-        tiny(tmp_path / "runs", **missing).run()
+        missing = str(tmp_path / "none.zip")
+        tiny(tmp_path / "runs", preset="cifar10-small", data_path=missing, overrides={}).run()
     with pytest.raises(ValueError, match="expected a finite number >= 0"):
         tiny(tmp_path / "runs", variants=chosen_variants("c", c_values=[-1.0])).run()
     assert not (tmp_path / "runs").exists()
