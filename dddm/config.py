@@ -22,6 +22,7 @@ from .levels import LEVEL_DISTRIBUTIONS
 from .model import DDDM
 from .objectives import OBJECTIVES, assemble, estimate_of, needs_store
 from .schedule import VPSchedule
+from .store import without_checksum
 from .unet import UNet
 
 # %% ../nbs/09_config.ipynb #09-config-005
@@ -235,11 +236,12 @@ def to_dict(self: TrainConfig) -> dict:
 def from_dict(cls: TrainConfig, fields: dict) -> "TrainConfig":
     """The configuration of a file's fields.
 
-    Raises `ValueError` where `fields` is no dict, and for an unknown field; it suggests the nearest.
+    Raises `ValueError` where `fields` is no dict or differs from the checksum that a run's file carries, and
+    for an unknown field; it suggests the nearest.
     """
     if not isinstance(fields, dict):
         raise ValueError(f"a configuration is a dict of fields, not {fields!r}")
-    fields = todays_names(fields)
+    fields = todays_names(without_checksum(fields))
     known = [f.name for f in dataclasses.fields(cls)]
     for name in fields:
         refuse_unknown("field", name, known)

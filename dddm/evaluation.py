@@ -39,7 +39,7 @@ from dddm.extractors import (
 from .features import FEATURES
 from .metrics import Memorisation, Result, frechet, measure, memorisation, precision_recall
 from .passes import load_images
-from .runs import load, newest_checkpoint
+from .runs import load, newest_checkpoint, read_config
 from dddm.sampling import (
     RENOISE_STREAM,
     SAMPLERS,
@@ -87,7 +87,7 @@ def open_subject(path, n: int, steps, sampler=None, data=None, precision="auto",
     data: path of its images, where they are not at the run's own.
     """
     path, model = Path(path), load(path).to(device_or_default(device))
-    config = TrainConfig.from_dict(json.loads((path / "config.json").read_text()))
+    config = read_config(path)
     if data is not None:
         config = dataclasses.replace(config, **{"data_path" if config.data in KNOWN else "data": str(data)})
     sampler = sampler or model.sampler
@@ -184,10 +184,12 @@ def advance(subject: Subject, seed: int, rows, before: KeptImages, steps: int, t
         def fresh(k):
             return to_device(seeded_normal(seed, rows, shape, stream=RENOISE_STREAM + k), device)
 
-        if subject.sampler == "ddim":
+        if subject.sampler == "renoise":
+            x = renoise(model, x_T, steps, fresh, label, x0)
+        elif subject.sampler == "ddim":
             x = ddim(model, x_T, steps, label, x0)
         else:
-            x = renoise(model, x_T, steps, fresh, label, x0)
+            raise ValueError(f"sampler={subject.sampler!r}: evaluation does not know how it goes on")
     tick(len(rows) * steps)
     return x.cpu()
 

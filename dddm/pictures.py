@@ -123,5 +123,4 @@ PALETTE = {  # objective: its colour, in every figure
     "consistency": COLOURS["blue"],
     "improved_consistency": COLOURS["purple"],
     "regression": COLOURS["black"],
-    "meanflow": COLOURS["green"],
 }

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from .config import RESUMABLE, TrainConfig, build, has_type
 from .data import KNOWN
 from .model import DDDM
-from .store import lock, whole_file
+from .store import lock, whole_file, with_checksum, without_checksum
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-005
 def fsync(path: Path) -> None:
@@ -242,7 +242,7 @@ def claim_directory(config: TrainConfig, out: Path, resume: bool = True) -> None
         )
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "config.json") as part:
-        part.write_text(json.dumps(config.to_dict(), indent=1))
+        part.write_text(json.dumps(with_checksum(config.to_dict()), indent=1))
     if not (out / ".id").exists():  # who the run is, for its store's file
         with whole_file(out / ".id") as part:
             part.write_text(uuid.uuid4().hex)
@@ -335,9 +335,10 @@ def parse_line(line: bytes, kind: str) -> dict | None:
     "The record in a line of `kind`.jsonl, None where it holds none."
     try:
         record = json.loads(line)
+        record = without_checksum(record) if isinstance(record, dict) else None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
+    if record is None or type(record.get("step")) is not int:
         return None
     whole = all(has_type(record.get(name), float) for name in NUMBERS[kind])
     return record if whole and (kind != "history" or is_quarters(record.get("loss_by_t"))) else None
@@ -364,9 +365,9 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def append_record(out: Path, kind: str, record: dict) -> None:
-    "Add a line to `kind`.jsonl."
+    "Add a line to `kind`.jsonl, with its checksum."
     with open(out / f"{kind}.jsonl", "a") as f:
-        f.write(json.dumps(record) + "\n")
+        f.write(json.dumps(with_checksum(record)) + "\n")
 
 
 def trim_history(out: Path, done: int, steps: int) -> None:

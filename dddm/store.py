@@ -8,6 +8,7 @@ __all__ = ['DTYPES', 'seeded_normal', 'EstimateStore']
 # %% ../nbs/06_store.ipynb #06-store-003
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -141,6 +142,24 @@ def whole_file(path):
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+# %% ../nbs/06_store.ipynb #06-store-022f
+CHECKSUM = "checksum"
+
+
+def with_checksum(record: dict) -> dict:
+    "The record as JSON has it, with the first 16 digits of the SHA-256 of its sorted JSON as `checksum`."
+    record = json.loads(json.dumps(record))
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return {**record, CHECKSUM: digest[:16]}
+
+
+def without_checksum(record: dict) -> dict:
+    "The record without its checksum; one that has none is taken as it is. `ValueError` where it differs."
+    rest = {key: value for key, value in record.items() if key != CHECKSUM}
+    if CHECKSUM in record and with_checksum(rest)[CHECKSUM] != record[CHECKSUM]:
+        raise ValueError("it does not match its checksum: it was damaged, or changed by hand")
+    return rest
 
 # %% ../nbs/06_store.ipynb #06-store-024
 PAGE, FORMAT = 4096, "dddm-store-1"

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .metrics import Result, Score, check_kind
-from .store import whole_file
+from .store import whole_file, with_checksum, without_checksum
 
 # %% ../nbs/10b_tables.ipynb #10b-tables-006
 def _check_seeds(results: list[Result]) -> None:
@@ -93,7 +93,7 @@ def save_results(path, runs: dict[str, dict[str, Result]], **about) -> None:
     rows = {label: {name: asdict(r) for name, r in found.items()} for label, found in runs.items()}
     with whole_file(path) as part:
         content = {"format": "dddm-results-1", "about": about, "runs": rows}
-        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.write_text(json.dumps(with_checksum(content), indent=1) + "\n")
 
 
 def load_results(path) -> SavedResults:
@@ -104,6 +104,10 @@ def load_results(path) -> SavedResults:
         raise ValueError(f"{path} is no JSON file ({e})") from None
     if not isinstance(kept, dict) or kept.get("format") != "dddm-results-1":
         raise ValueError(f"{path} was not written by save_results")
+    try:
+        kept = without_checksum(kept)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     try:
         runs = {
             label: {name: Result(**r) for name, r in found.items()} for label, found in kept["runs"].items()

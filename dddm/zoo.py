@@ -25,6 +25,7 @@ from .config import MACHINE, TrainConfig, build
 from .data import KNOWN
 from .model import DDDM
 from .runs import fsync, load, read_config
+from .store import with_checksum, without_checksum
 
 # %% ../nbs/11a_zoo.ipynb #11a-zoo-005
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
@@ -58,7 +59,10 @@ def read_about(folder) -> dict:
     for name, kind in dict(config=dict, description=str, command=str, sha256=str).items():
         if not isinstance(about.get(name), kind):
             raise ValueError(f"{path} is damaged: it does not say the model's {name}")
-    return about
+    try:
+        return without_checksum(about)
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}") from None
 
 # %% ../nbs/11a_zoo.ipynb #11a-zoo-007
 def read_model(folder) -> "Pretrained":
@@ -186,7 +190,7 @@ def write_model(model: "Pretrained", folder: Path) -> None:
     (folder / TENSORS).write_bytes(content)
     about = dict(format=FORMAT, description=model.description, command=model.command)
     about |= dict(sha256=hashlib.sha256(content).hexdigest(), config=portable(model.config))
-    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(with_checksum(about), indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     (folder / CARD).write_text(model_card(model), encoding="utf-8")
 

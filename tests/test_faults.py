@@ -333,3 +333,29 @@ def test_an_average_that_is_still_its_random_start_is_told(tmp_path, recwarn):
     assert not recwarn.list
     with pytest.warns(UserWarning, match="100% the random start.*ema=False"):
         runs.load(slow)
+
+
+def test_a_changed_number_in_a_small_file_is_noticed(tmp_path):
+    "A digit that changed in history.jsonl or config.json is told from what was written."
+    run = train(tiny(epochs=1), tmp_path / "run", progress=False)
+    path = run / "history.jsonl"
+    first, *rest = path.read_text().splitlines(keepends=True)
+    assert len(history(run)) == 1 + len(rest) and "checksum" not in history(run)[0]
+    record = json.loads(first)
+    path.write_text(json.dumps({**record, "loss": record["loss"] + 1}) + "\n" + "".join(rest))
+    with pytest.warns(UserWarning, match="line 1 of .* is damaged"):
+        assert len(history(run)) == len(rest)
+    del record["checksum"]  # as an earlier version wrote it
+    path.write_text(json.dumps(record) + "\n" + "".join(rest))
+    assert history(run)[0] == record
+
+    path = run / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "batch": 601}))
+    with pytest.raises(
+        ValueError, match="config.json is not the configuration .*does not match its checksum"
+    ):
+        runs.load(run)
+    del fields["checksum"]
+    path.write_text(json.dumps(fields))
+    assert runs.read_config(run) == tiny(epochs=1)

@@ -112,7 +112,7 @@ def test_export_keeps_what_a_run_is(run, tmp_path, capsys):
     folder = tmp_path / "new" / "model"
     zoo.main([str(run), str(folder), "--description", "short", "--command", "a test"])
     assert capsys.readouterr().out.strip() == runs.sha256(folder / "model.safetensors")
-    model, of_the_run = Pretrained.from_pretrained(folder), json.loads((run / "config.json").read_text())
+    model, of_the_run = Pretrained.from_pretrained(folder), runs.read_config(run).to_dict()
     assert about(folder)["config"] == {k: v for k, v in of_the_run.items() if k not in config.MACHINE}
     assert (model.description, model.command, model.config.data) == ("short", "a test", "digits")
     assert set(content(folder)) == FILES and "# short\n" in (folder / "README.md").read_text()
