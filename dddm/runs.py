@@ -298,6 +298,9 @@ def open_directory(
             f"{out} holds {there:,} steps, more than the {steps:,} of epochs={config.epochs}; "
             f"give at least {math.ceil(there / steps_per_epoch)} epochs, or another directory"
         )
+    if hold is not None:  # what writers that were killed had begun: nobody else writes here now
+        for begun in [*out.glob(".*.part*"), *(out / "samples").glob(".*.part*")]:
+            begun.unlink()
     drop_checkpoints(out, back)
     claim_directory(config, out, resume)
 

@@ -239,3 +239,13 @@ def test_a_run_of_before_loads_and_goes_on(tmp_path):
     files = [newest_checkpoint(run) / "ema.safetensors" for run in (tmp_path / "run", whole)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert history(tmp_path / "run") == history(whole)
+
+
+def test_what_a_killed_writer_had_begun_is_swept(tmp_path):
+    run = train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
+    begun = [run / ".history.99999.part.jsonl", run / "samples" / ".step-0000001.99999.part.png"]
+    for path in begun:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half a li")
+    train(TrainConfig(**{**TINY, "epochs": 2}), run, progress=False)
+    assert not any(path.exists() for path in begun)
