@@ -24,7 +24,7 @@ from dddm.presets import preset
 from dddm.runs import load
 from dddm.sampling import sample
 from dddm.sources import CIFAR10
-from dddm.store import encode
+from dddm.store import encode, without_checksum
 from dddm.tables import load_results
 from dddm.training import train
 
@@ -260,7 +260,7 @@ def test_refuses_before_sampling(root, run, tmp_path, parameters, message):
     empty, moved = tmp_path / "empty", tmp_path / "moved"
     empty.mkdir()
     shutil.copytree(run, moved, ignore=shutil.ignore_patterns("evaluation"))
-    config = json.loads((moved / "config.json").read_text())
+    config = without_checksum(json.loads((moved / "config.json").read_text()))
     (moved / "config.json").write_text(json.dumps({**config, "data": str(tmp_path / "gone.zip")}))
     done = papermill(
         root,
