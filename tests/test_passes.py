@@ -163,7 +163,7 @@ def test_a_sampled_batch_waits_once(sampler):
     wanted = sampling.sample(model, 5, (1, 3), sampler, batch_size=2)
     with cuda_twin() as record:
         model.to("cuda")
-        sampling.sample(model, 2, 1, sampler)  # the schedule's tables are made
+        sampling.sample(model, 2, 2, sampler)  # the schedule's tables are made
         record.reset()
         found = sampling.sample(model, 5, (1, 3), sampler, batch_size=2)
         assert record.syncs.total() == 3 and {kind for kind, _ in record.syncs} == {"synchronize"}, (

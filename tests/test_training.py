@@ -211,9 +211,9 @@ def test_loss_that_is_no_number(tmp_path):
 
 
 def test_first_loss_that_is_no_number_names_step_and_samples(tmp_path, monkeypatch):
-    broken = lambda model, d, schedule, part, estimate: (
-        torch.full((len(part.x0),), float("nan"), requires_grad=True),
-        part.x0,
+    broken = lambda model, d, batch, estimate: (
+        torch.full((len(batch.x0),), float("nan"), requires_grad=True),
+        batch.x0,
     )
     monkeypatch.setitem(OBJECTIVES, "paper", OBJECTIVES["paper"]._replace(loss=broken))
     with pytest.raises(
@@ -269,9 +269,9 @@ def test_flipped_samples_keep_the_store_in_one_orientation(tmp_path, monkeypatch
     estimate mirrored, and the store hold it as the data have it."""
     seen = []
 
-    def watch(model, d, schedule, part, estimate):
-        seen.append((part.x0, part.estimate))
-        return original.loss(model, d, schedule, part, estimate)
+    def watch(model, d, batch, estimate):
+        seen.append((batch.x0, batch.stored))
+        return original.loss(model, d, batch, estimate)
 
     original = OBJECTIVES["paper"]
     monkeypatch.setitem(OBJECTIVES, "paper", original._replace(loss=watch))
