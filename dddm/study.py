@@ -29,7 +29,7 @@ from .pictures import COLOURS
 from .presets import CONSISTENCY, FEW_STEPS, PRESETS, preset
 from .runs import history, load, newest_checkpoint, step_of
 from .sampling import SAMPLERS, check_tolerance, draws, sample, step_counts, times_down
-from .store import whole_file
+from .store import CHECKSUM, whole_file, with_checksum, without_checksum
 from .tables import mean_range
 from .training import train
 
@@ -56,11 +56,13 @@ class StudyResults(NamedTuple):
 
 
 def write_rows(path: Path, rows: list[Row], before: dict, after: dict) -> None:
-    "A JSON file with `before`, columns, rows (one a line) and `after`: whole, or not at all."
+    "A JSON file with `before`, columns, rows (one a line), `after` and a checksum: whole, or not at all."
     parts = {k: json.dumps(v, indent=1, ensure_ascii=False) for k, v in before.items()}
     parts["columns"] = json.dumps(Row._fields)
     parts["rows"] = "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]"
     parts |= {k: json.dumps(v, indent=1, ensure_ascii=False) for k, v in after.items()}
+    whole = with_checksum({**before, "columns": Row._fields, "rows": rows, **after})
+    parts[CHECKSUM] = json.dumps(whole[CHECKSUM])
     with whole_file(path) as part:
         part.write_text("{\n" + ",\n".join(f'"{k}": {text}' for k, text in parts.items()) + "\n}\n")
 
@@ -75,7 +77,7 @@ def save_rows(path, config: dict, rows: list[Row], provenance: dict) -> None:
 def load_rows(path) -> StudyResults:
     "What a study wrote. Raises `FileNotFoundError` where there is no file, `ValueError` for another file."
     try:
-        kept = json.loads(Path(path).read_text())
+        kept = without_checksum(json.loads(Path(path).read_text()))
         rows = [Row(*values) for values in kept["rows"]]
         if tuple(kept["columns"]) != Row._fields:
             raise ValueError(f"its columns are {', '.join(kept['columns'])}, not {', '.join(Row._fields)}")
@@ -698,7 +700,10 @@ class VariantFile:
         self.rows, self.provenance = [], circumstances()
         if not path.exists():
             return
-        kept = json.loads(path.read_text())
+        try:
+            kept = without_checksum(json.loads(path.read_text()))
+        except ValueError as e:
+            raise ValueError(f"{path} is damaged ({e}): move it away, and it is measured again") from e
         if kept.get("columns") != list(Row._fields):
             raise ValueError(f"{path} is no file of a study: choose another `out`, or move it away")
         self.refuse_another_request(kept["request"])

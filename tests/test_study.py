@@ -236,3 +236,13 @@ def test_committed_results_are_what_the_sets_describe(root, name):
             fields = {k: list(v) if isinstance(v, tuple) else v for k, v in known[variant].items()}
             changed = {k: v for k, v in fields.items() if v != config["fields"].get(k)}
             assert changed == config["variants"][variant]
+
+
+def test_a_changed_number_is_noticed(finished, tmp_path):
+    study, _ = finished
+    kept = json.loads((study.out.parent / "results.json").read_text())
+    kept["rows"][0][6] += 1
+    changed = tmp_path / "results.json"
+    changed.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        load_rows(changed)
