@@ -290,7 +290,7 @@ def test_runs_are_found_and_opened(run):
         (lambda folder: [p.write_bytes(b"") for p in folder.rglob("ema.safetensors")], "damaged"),
         (
             lambda folder: (folder / "config.json").write_text(
-                (folder / "config.json").read_text().replace('"base": 16', '"base": 32')
+                json.dumps(runs.read_config(folder).to_dict()).replace('"base": 16', '"base": 32')
             ),
             "are of another network",
         ),

@@ -66,6 +66,7 @@ def last_rows(run):
 # --- a store file belongs to one run ---
 
 
+@pytest.mark.slow
 def test_two_runs_at_a_time_on_one_store_file(tmp_path):
     "The second is refused at once, and the first ends as if it had been alone."
     rows = str(tmp_path / "rows")

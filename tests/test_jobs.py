@@ -159,7 +159,7 @@ STUDY = f"seeds: [0], epochs: 1, n: 64, steps: [1, 2], {SMALL.replace('epochs: 1
             "digits",
             [("paper", "iterate"), ("regression", "ddim")],
         ),
-        (
+        pytest.param(
             "sets: [c, T], options: {objectives: [paper], c_values: [0.1, 0.12], T_values: [100, 200]}",
             "digits-c-T",
             [
@@ -167,6 +167,7 @@ STUDY = f"seeds: [0], epochs: 1, n: 64, steps: [1, 2], {SMALL.replace('epochs: 1
                 *((f"paper, pseudo_lpips, c = {c}", "iterate") for c in (0.1, 0.12)),
                 *((f"T = {T}, {epochs} epochs", "iterate") for T, epochs in ((100, 1), (200, 1), (200, 2))),
             ],
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             "sets: [recipe]",
@@ -201,6 +202,7 @@ def test_study_does_each_training_once(root, tmp_path, parameters, name, lines):
     assert {(r.variant, r.sampler, r.steps): r.value for r in second} == found
 
 
+@pytest.mark.slow
 def test_study_gathers_what_is_there(root, tmp_path):
     "A study of one variant, then `gather` with two: nothing is trained. Without both, a file is shown."
 

@@ -15,7 +15,7 @@ from dddm import passes, runs, training
 from dddm import store as store_module
 from dddm.config import TrainConfig
 from dddm.data import digits
-from dddm.runs import checkpoints, history, load, newest_checkpoint
+from dddm.runs import checkpoints, history, load, newest_checkpoint, read_config
 from dddm.training import train
 
 
@@ -125,7 +125,7 @@ def test_odd_files_in_a_run(tmp_path):
     (newest / "manifest.json").write_text("[]")
     with pytest.warns(UserWarning, match="does not list the files"):
         load(run)
-    config = json.loads((run / "config.json").read_text())
+    config = read_config(run).to_dict()
     (run / "config.json").write_text(json.dumps({**config, "net": {**config["net"], "base": 32}}))
     with (
         pytest.warns(UserWarning),
@@ -229,7 +229,7 @@ def test_a_run_of_before_loads_and_goes_on(tmp_path):
     with pytest.raises(RuntimeError):
         train(config, tmp_path / "run", callback=stop, progress=False)
     path = tmp_path / "run" / "config.json"
-    old = json.loads(path.read_text())
+    old = read_config(path.parent).to_dict()
     old["rungs"], old["sampler"] = old.pop("level_distribution"), "fixed"
     path.write_text(json.dumps(old))
     assert load(tmp_path / "run").net is not None
