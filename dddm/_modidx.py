@@ -456,7 +456,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'dddm.passes.Run.epoch': ('passes.html#run.epoch', 'dddm/passes.py'),
                              'dddm.passes.Run.main': ('passes.html#run.main', 'dddm/passes.py'),
                              'dddm.passes.Run.rank': ('passes.html#run.rank', 'dddm/passes.py'),
-                             'dddm.passes.Run.steps': ('passes.html#run.steps', 'dddm/passes.py'),
                              'dddm.passes.Run.world': ('passes.html#run.world', 'dddm/passes.py'),
                              'dddm.passes.Trial': ('passes.html#trial', 'dddm/passes.py'),
                              'dddm.passes.check_data': ('passes.html#check_data', 'dddm/passes.py'),

@@ -180,6 +180,7 @@ class Run:
     optimizer:       torch.optim.Adam
     store:           EstimateStore | None    # this rank's rows
     steps_per_epoch: int
+    steps:           int                     # of the whole training
     sums:            torch.Tensor            # [2, 4]: loss and count by quarter of t since the last log
     micro_batch:     int                     # most samples in one pass
     compute:         Callable                # `pass_value`, or it as one compiled graph
@@ -205,10 +206,6 @@ class Run:
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
-
-    @property
-    def steps(self) -> int:
-        return self.steps_per_epoch * self.config.epochs
 
     @property
     def epoch(self) -> int:
@@ -277,6 +274,7 @@ def place_run(
         **weights_of_run(config, model.to(device)),
         store=open_store(config, len(data), rank, world, device),
         steps_per_epoch=steps_per_epoch,
+        steps=steps_per_epoch * config.epochs,
         sums=torch.zeros(2, 4, dtype=torch.float64, device=device),
         micro_batch=config.micro_batch or math.ceil(config.batch / world),
         compute=pass_value,
