@@ -125,6 +125,7 @@ def test_interrupted_and_damaged_ends_in_the_numbers_of_the_library(root, run, t
                 ), name
 
 
+@pytest.mark.slow
 def test_two_runs_with_another_sampler(root, run, tmp_path):
     "Several runs side by side, each with the sampler of its objective, one table for all."
     other = train(preset("digits", objective="regression", **SMALL), tmp_path / "regression", progress=False)

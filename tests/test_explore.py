@@ -141,6 +141,7 @@ def test_trajectory_of_another_sampler(sampler):
             explore.Trajectory(model, **wrong)
 
 
+@pytest.mark.slow
 def test_a_model_of_few_steps_is_shown_by_its_own_sampler():
     """A model that re-noises ends at 100 steps on a slider that goes to 1,000, and the text says so.
 
