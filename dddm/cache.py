@@ -131,7 +131,7 @@ def find_damage(array: Path, meta) -> str:
     except (OSError, TypeError, ValueError, AssertionError, OverflowError) as e:
         return f"it cannot be read ({e})"
 
-
+# %% ../nbs/07c_cache.ipynb #07c-cache-010-part0
 def find_difference(meta: dict, origin: dict, source: Source) -> str:
     "In what a whole sidecar differs from the files, or from how they are understood now; or an empty text."
     if meta["format"] != FORMAT:

@@ -177,7 +177,7 @@ def fresh(name: str, seed: int) -> FeatureNet:
         torch.default_generator.manual_seed(seed)
         return FeatureNet(spec["shape"], spec["widths"], spec["classes"], spec["stride"])
 
-
+# %% ../nbs/10d_classifiers.ipynb #10d-classifiers-017-part0
 class Fit:
     "The training of one network: its optimizer, its random state and its history, kept in a checkpoint."
 

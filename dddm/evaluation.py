@@ -79,7 +79,7 @@ class Subject(NamedTuple):
         "Whether the samples of more steps go on from those of fewer: algorithm 2."
         return self.sampler == "iterate"
 
-
+# %% ../nbs/11b_evaluation.ipynb #11b-evaluation-006-part0
 def open_subject(path, n: int, steps, sampler=None, data=None, precision="auto", device=None) -> Subject:
     """The `Subject` of a run's directory, its model on `device`.
 

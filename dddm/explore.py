@@ -347,7 +347,7 @@ def real_spacing(data: Images) -> float:
     own = torch.linspace(0, len(data) - 1, min(1000, len(data))).long().unique()
     return nearest(data.get(own)[0].flatten(1), all_pixels(data), own)[0].mean().item()
 
-
+# %% ../nbs/13_explore.ipynb #13-explore-025-part0
 def distance_to_data(trajectory: Trajectory, data: Images) -> Curve:
     "The mean distance from a sample to the nearest image of `data` at each kept step."
     images = all_pixels(data)
@@ -619,7 +619,7 @@ def offer_classes(self: StepExplorer, classes: int | None) -> None:
     self.label.index = 0  # else the browser may show an empty menu
     self.label.observe(self.ask, "value")
 
-
+# %% ../nbs/13_explore.ipynb #13-explore-033-part0
 @patch
 def make_room(self: StepExplorer, trajectory: Trajectory) -> None:
     "Let go of kept trajectories, those used longest ago first, until there is memory for another one."
@@ -708,7 +708,7 @@ def fail(self: StepExplorer, error: Exception, stop=None) -> None:
         self.image.layout.display = self.curves.layout.display = "none"
         Explorer.fail(self, error)
 
-
+# %% ../nbs/13_explore.ipynb #13-explore-034-part0
 def moved_text(t: Trajectory, step: int) -> str:
     "How far a step moved the images, in words."
     if step == 0:

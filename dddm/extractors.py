@@ -300,7 +300,7 @@ def evenly(n: int | None, total: int, name: str) -> torch.Tensor:
         raise ValueError(f"n={n}: {name} has {total} images; take 1..{total}, or None for all")
     return torch.arange(n) * total // n
 
-
+# %% ../nbs/10_extractors.ipynb #10-extractors-021-part0
 def stored_pictures(images, n: int | None, name: str) -> Pictures:
     "`pictures` of a tensor or of `Images`."
     if torch.is_tensor(images) and images.ndim != 4:

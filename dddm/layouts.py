@@ -158,7 +158,7 @@ def open_unpacked(path: Path):
         shutil.copyfileobj(file, plain, 2**20)
     return plain
 
-
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-012-part0
 class TarReader:
     "Reads files of a tar archive by `places`, name -> (offset, size); one thread at a time."
 
@@ -177,7 +177,7 @@ class TarReader:
         if self.file is not None:
             self.file.close()
 
-
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-012-part1
 class OversizedHeader(Exception):
     "What describes an entry of a tar archive is larger than any description."
 

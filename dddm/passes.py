@@ -133,7 +133,7 @@ def open_distance(config: TrainConfig) -> torch.nn.Module:
         options["features"] = trunk(options["features"])
     return distance(config.distance, c=config.c, **options)
 
-
+# %% ../nbs/09b_passes.ipynb #09b-passes-012-part0
 def place_images(data: images.Images, device) -> images.Images:
     """The uint8 images on the device where they take at most a fifth of its free memory.
 
@@ -255,7 +255,7 @@ def open_run(
         hold.enter_context(run.store.owned((out / ".id").read_text(), str(out.absolute())))
     return run
 
-
+# %% ../nbs/09b_passes.ipynb #09b-passes-016-part0
 def place_run(
     config: TrainConfig, out: Path, accelerator: Accelerator, data, d, model, steps_per_epoch
 ) -> Run:
@@ -317,7 +317,7 @@ def run_pass(run: Run, index: torch.Tensor, draws: dict, compiled: bool | None =
         loss, values, rows = compute(objective.loss, run.model, run.d, whole, estimate, keep)
     return Pass(loss, values[:n], None if rows is None else rows[:n], batch.t)
 
-
+# %% ../nbs/09b_passes.ipynb #09b-passes-018-part0
 def make_batch(run: Run, index: torch.Tensor, draws: dict) -> Batch:
     """What the objective sees of the samples `index`: images, estimates and draws.
 
@@ -341,7 +341,7 @@ def make_batch(run: Run, index: torch.Tensor, draws: dict) -> Batch:
     prepare = OBJECTIVES[c.objective].prepare
     return prepare(batch, run.model.schedule, c.levels, c.level_distribution)
 
-
+# %% ../nbs/09b_passes.ipynb #09b-passes-018-part1
 def padded(batch: Batch, size: int) -> tuple[Batch, torch.Tensor]:
     """`batch` with `size` rows, its last one again where it has fewer.
 

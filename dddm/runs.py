@@ -226,7 +226,7 @@ def differences(there: TrainConfig, here: TrainConfig) -> list[str]:
         if was[k] != now[k] and k not in may_differ
     ]
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-016-part0
 def claim_directory(config: TrainConfig, out: Path, resume: bool = True) -> None:
     """Make `out` the directory of this run, where `check_directory` allows it.
 
@@ -366,7 +366,7 @@ def read_lines(path: Path) -> list[Line]:
             warnings.warn(f"line {number} of {path} is damaged; the lines after it are read")
     return found
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-023-part0
 def append_record(out: Path, kind: str, record: dict) -> None:
     "Add a line to `kind`.jsonl, with its checksum."
     with open(out / f"{kind}.jsonl", "a") as f:

@@ -212,7 +212,7 @@ def find_samples(path: Path, arrays: dict) -> str:
 
 LABEL_KEYS = ("arr_1", "labels")
 
-
+# %% ../nbs/07b_sources.ipynb #07b-sources-018-part0
 class SampleLabels(NamedTuple):
     "Labels beside samples."
 

@@ -193,7 +193,7 @@ def take_name(part: Path, path: Path) -> None:
         os.replace(part, path)  # a disk without links
     part.unlink(missing_ok=True)
 
-
+# %% ../nbs/06_store.ipynb #06-store-024-part0
 def check_room(path: Path, size: int) -> None:
     "`OSError` unless the disk of `path` can hold `size` bytes, those that the file holds already included."
     held = path.stat().st_blocks * 512 if path.exists() and hasattr(path.stat(), "st_blocks") else 0

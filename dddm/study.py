@@ -230,7 +230,7 @@ def groups_of(rows: list[Row], config: dict | None = None) -> dict[str, list[str
     kept = {title: [name for name in names if name in there] for title, names in groups.items()}
     return {title: names for title, names in kept.items() if names}
 
-
+# %% ../nbs/12_study.ipynb #12-study-015-part0
 def panels(count: int, ylabel: str, xlabel: str):
     "A figure with `count` panels in rows of at most two, labelled at its edges; their axes in a list."
     import matplotlib.pyplot as plt  # here, because reading results needs no figures
@@ -688,7 +688,7 @@ def request(study: Study, variant: Variant, seed: int, extractor: Extractor) -> 
     config = without(study.config(variant, seed).to_dict(), *NOT_ASKED)
     return dict(config=config, n=study.n, extractor=extractor.name, weights=extractor.weights)
 
-
+# %% ../nbs/12_study.ipynb #12-study-039-part0
 class VariantFile:
     """The rows of one variant at one seed, in memory and in a file.
 

@@ -171,7 +171,7 @@ def read_last_flags(run: Run) -> None:
     flags, run.flags = run.flags, None
     read_flags(run, flags)
 
-
+# %% ../nbs/09c_training.ipynb #09c-training-009-part0
 def not_finite_text(run: Run, what: str, step: int, index: torch.Tensor) -> str:
     "What is not finite, where, and what to do."
     return (
