@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from PIL import Image
+from scored_images import colour, folder
 from torch import nn
 from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -52,19 +52,6 @@ def net():
 def x():
     data = digits()
     return data.get(torch.randperm(len(data), generator=torch.Generator().manual_seed(0)))[0]
-
-
-def colour(n, seed, dark=1):
-    "Random RGB pictures, uint8 [n, 3, 32, 32], of 4x4 blocks of 8 pixels."
-    small = np.random.default_rng(seed).integers(0, 256, (n, 3, 4, 4), np.uint8) // dark
-    return torch.from_numpy(small.repeat(8, 2).repeat(8, 3))
-
-
-def folder(path, pixels):
-    path.mkdir(parents=True)
-    for i, p in enumerate(pixels):
-        Image.fromarray(p.permute(1, 2, 0).numpy().squeeze()).save(path / f"{i:04}.png")
-    return path
 
 
 @pytest.mark.parametrize("n, m, D", [(600, 500, 32), (2000, 3000, 100), (20, 25, 32), (40, 5000, 64)])
