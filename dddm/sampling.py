@@ -203,7 +203,7 @@ def meanflow(model, x_T, steps: int, label=None, clamp: bool = True) -> torch.Te
     a `MeanVelocity`; x_T: [B, …] ~ N(0, I). clamp: cut the last x to [-1, 1]. label: None, one class, or B
     of them. Raises `ValueError` for bad arguments, and `RuntimeError` where what comes out is not finite.
     """
-    check_count("steps", steps)
+    times_down(model.schedule.T, steps)  # the same limit as for the others
     check_moves(model)
     return _checked(_flow(model, x_T, steps, class_labels(model, label, len(x_T)), clamp), steps)
 
@@ -450,7 +450,7 @@ def sample(
     counts, sampler = step_counts(steps), sampler or model.sampler
     refuse_unknown("sampler", sampler, SAMPLERS)
     check_tolerance(tolerance, sampler)
-    if sampler in ("ddim", "renoise"):
+    if sampler != "iterate":
         for s in counts:
             times_down(model.schedule.T, s)
     if sampler == "meanflow":
