@@ -180,7 +180,8 @@ def draw_angles(batch: Batch, schedule: VPSchedule, *levels) -> Batch:
     the larger of two such. In even rows r is the smaller, or with probability 0.35 it is 0. In odd rows
     r = θ, and one angle is drawn. levels: not used.
     """
-    last = schedule.angle(torch.tensor(schedule.T), batch.uniforms)[:, None]
+    at_end = torch.full((len(batch.uniforms),), schedule.T, device=batch.uniforms.device)
+    last = schedule.angle(at_end, batch.uniforms)[:, None]
     which = batch.uniforms[:, :2]
     spread = torch.exp(1.6 * torch.special.ndtri((2 * which).clamp(1e-6, 1 - 1e-6))).atan()
     angles = torch.where(which < 0.5, spread, (2 * which - 1) * last).minimum(last)
