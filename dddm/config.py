@@ -58,9 +58,9 @@ class TrainConfig:
 
     # fmt: off
     # the images
-    data: str               = option("digits",       "a name (digits, cifar10, imagenet64) or a path")
+    data: str               = option("digits",       "digits, a name in `dddm.data.KNOWN`, or a path")
     data_path: str | None   = option(None,           "where a named data set lies; None: the usual place")
-    download: bool          = option(False,          "allow CIFAR-10 to be fetched")
+    download: bool          = option(False,          "allow MNIST, Fashion-MNIST or CIFAR-10 to be fetched")
     on_error: str           = option("stop",         '"stop" at a bad image, or "skip" it')
     resize: bool            = option(False,          "make other images fit shape; else they stop it")
     shape: tuple            = option((1, 8, 8),      "(C, H, W) of an image, each at least 1")
