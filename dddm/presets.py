@@ -79,13 +79,15 @@ def one_step(fields: dict) -> dict:
     r"""Fields of `TrainConfig` with the recipe for one and for few steps put in: `MEANFLOW`, and its c.
 
     fields: need "shape" (C, H, W), from which $c = \sqrt{CHW/1000}$: a mean squared error of 0.001 (Geng et
-    al. 2025). An "estimate" and a "sampler" are dropped, the other fields stay. Raises `ValueError` where
+    al. 2025). An "estimate" and a "sampler" are dropped, and the network's layers that
+    read an estimate. The other fields stay. Raises `ValueError` where
     "shape" is missing.
     """
     if "shape" not in fields:
         raise ValueError("fields lack shape: the recipe's c follows it")
     rest = {k: v for k, v in fields.items() if k not in ("estimate", "sampler")}
-    return rest | MEANFLOW | dict(c=math.sqrt(math.prod(fields["shape"]) / 1000))
+    net = fields.get("net", {}) | dict(estimate=())
+    return rest | MEANFLOW | dict(c=math.sqrt(math.prod(fields["shape"]) / 1000), net=net)
 
 # %% ../nbs/11_presets.ipynb #11-presets-011
 CONSISTENCY = dict(
@@ -131,6 +133,7 @@ ONE_STEP = {
 PRESETS = {
     **ALGORITHM_1,
     **{f"{name}-one-step": one_step(ALGORITHM_1[name]) for name in ("digits", "cifar10-small", "cifar10")},
+    "mnist-one-step": one_step(ALGORITHM_1["mnist"]) | dict(ema=0.999),
     **ONE_STEP,
     "cifar10-ten-minutes": consistency(ALGORITHM_1["cifar10"]) | TEN_MINUTES,
     **{name.replace("consistency", "few-steps"): fields | FEW_STEPS for name, fields in ONE_STEP.items()},
