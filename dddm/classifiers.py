@@ -33,6 +33,7 @@ class Recipe:
     smoothing: float  # share of the target that is spread over all classes (label smoothing)
     shift: int  # pixels by which an image is moved at most, in each direction
     mirror: bool  # half of the images are reversed left to right
+    grain: float  # largest standard deviation of normal noise on a real image; each image draws its own
     noise: float  # images without content for each real one, with an equal target for every class
     blends: float  # weighted means of two images for each real one (Zhang et al., mixup, 2018)
 
@@ -46,6 +47,7 @@ RECIPES = {
         smoothing=0.0,
         shift=1,
         mirror=False,
+        grain=0.0,
         noise=0.25,
         blends=0.25,
     ),
@@ -57,6 +59,7 @@ RECIPES = {
         smoothing=0.1,
         shift=2,
         mirror=True,
+        grain=0.0,
         noise=0.0,
         blends=0.0,
     ),
@@ -68,6 +71,7 @@ RECIPES = {
         smoothing=0.0,
         shift=2,
         mirror=False,
+        grain=0.2,
         noise=0.25,
         blends=0.25,
     ),
@@ -141,6 +145,9 @@ def changed(x: torch.Tensor, labels: torch.Tensor, recipe: Recipe, generator):
     x, target = shifted(x, recipe.shift, generator), F.one_hot(labels, 10).float()
     if recipe.mirror:
         x = flip(x, torch.rand(len(x), generator=generator) < 0.5)
+    if recipe.grain:
+        sigma = recipe.grain * torch.rand(len(x), 1, 1, 1, generator=generator)
+        x = (x + sigma * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
     more = []
     if n := round(recipe.noise * len(x)):
         more.append((noise_images(n, x.shape[1:], generator), torch.full((n, 10), 0.1)))
