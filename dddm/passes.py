@@ -341,6 +341,7 @@ def make_batch(run: Run, index: torch.Tensor, draws: dict) -> Batch:
         label=label if c.classes else None,
         progress=run.done / run.steps,
         epoch=run.epoch,
+        derivative=c.derivative,
         guidance=c.guidance,
         label_dropout=c.label_dropout,
         **draws,

@@ -32,11 +32,13 @@ ADM64  = dict(base=192, multipliers=(1, 2, 3, 4), blocks=3, dropout=0.0, attenti
 DEEP64 = dict(base=192, multipliers=(1, 2, 3, 4), blocks=6, dropout=0.0, attention=(16, 8), estimate=(16, 8))
 NET96  = dict(base=96,  multipliers=(1, 2, 2),    blocks=2, dropout=0.1, attention=(16, 8), estimate=(16, 8))
 NET32  = dict(base=32,  multipliers=(1, 2, 2),    blocks=1, dropout=0.0, attention=(8,),    estimate=(16, 8))
+NET28  = dict(base=16,  multipliers=(1, 2, 2),    blocks=1, dropout=0.0, attention=(7,),    estimate=(14, 7))
 TINY32 = dict(base=32,  multipliers=(1, 1),       blocks=1, dropout=0.0, attention=(4,),    estimate=(8, 4))
 TINY16 = dict(base=16,  multipliers=(1, 2),       blocks=1, dropout=0.0, attention=(4,),    estimate=(8, 4))
 
 # images, and how often a run on them writes
 DIGITS     = dict(data="digits",     shape=(1, 8, 8),   c=pseudo_huber_c((1, 8, 8)),   **every(15, 300))
+MNIST      = dict(data="mnist",      shape=(1, 28, 28), c=pseudo_huber_c((1, 28, 28)), **every(50, 1000))
 CIFAR10    = dict(data="cifar10",    shape=(3, 32, 32), c=pseudo_huber_c((3, 32, 32)), **every(50, 1000))
 IMAGENET64 = dict(data="imagenet64", shape=(3, 64, 64), c=pseudo_huber_c((3, 64, 64)), **every(50, 2500))
 OFTEN      = every(10, 100)
@@ -49,6 +51,7 @@ F16   = dict(store_dtype="float16")
 ALGORITHM_1 = {
     # small, for a laptop (ours)
     "digits":          dict(DIGITS | SMALL,           net=TINY32, T=1000, epochs=60,   lr=1e-3),
+    "mnist":           dict(MNIST | SMALL,            net=NET28,  T=1000, epochs=8,    lr=1e-3, classes=10),
     "cifar10-small":   dict(CIFAR10 | OFTEN | SMALL,  net=NET32,  T=1000, epochs=4,    lr=5e-4),
     # the paper's models of CIFAR-10
     "cifar10":         dict(CIFAR10 | PAPER,          net=ADM32,  T=1000, epochs=1000, lr=2e-4),

@@ -188,7 +188,7 @@ def _flow(model, x, steps: int, label, clamp: bool):
     "`meanflow` without its checks."
     label = label if label is None else to_device(label, x.device)
     with torch.inference_mode(), eval_mode(list(model.modules())):
-        start = model.schedule.angle(torch.tensor(model.schedule.T), x)
+        start = model.schedule.angle(torch.full((len(x),), model.schedule.T, device=x.device), x)
         for k in range(steps):
             angle, below = start * (steps - k) / steps, start * (steps - k - 1) / steps
             x = model.net.move(x, below, angle, label)
