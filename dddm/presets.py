@@ -275,7 +275,7 @@ def own_text(images: Images, size: int | None, config: TrainConfig) -> str:
     side = "as in the files" if size is None else f"resized to size={size}"
     classes = "without classes"
     if config.classes is not None:
-        classes = f"{config.classes} classes, from {'folders or labels' if images.class_names else 'labels'}"
+        classes = f"{config.classes} classes, from {'class folders' if images.class_names else 'labels'}"
     steps = config.epochs * (len(images) // config.batch)
     return (
         f"{images.name}: {len(images):,} images, shape {config.shape} {side}; {classes}; "

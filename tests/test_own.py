@@ -68,16 +68,16 @@ def test_a_folder_is_trained_sampled_evaluated_and_resumed(root, tmp_path, pixel
     out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     small = "net: {base: 8}, sample_every: 0, device: cpu"
-    parameters = f"preset: own, data: pictures, size: 16, out: {out}, overrides: {{epochs: 2, {small}}}"
+    parameters = f"preset: own, data: pictures, size: 8, out: {out}, overrides: {{epochs: 2, {small}}}"
     text = papermill("train.ipynb", tmp_path / "out.ipynb", parameters, root, tmp_path)
-    assert "pictures: 42 images, shape (3, 16, 16) resized to size=16; 3 classes" in text
+    assert "pictures: 42 images, shape (3, 8, 8) resized to size=8; 3 classes" in text
     assert "classes: 3: disc (14), square (14), triangle (14)" in text and "starts at step 0 of 2" in text
     config = read_config(out)
     assert (config.data, config.classes, config.batch) == (str((tmp_path / "pictures").resolve()), 3, 42)
 
     done = start(["dddm.zoo", out, "--n", "6", "--label", "2", "--out", "grid.png"], root, elsewhere)
     assert done.returncode == 0, done.stderr
-    assert "6 images of 16x16, class 2, 1 step by meanflow, seed 0: a grid in grid.png" in done.stdout
+    assert "6 images of 8x8, class 2, 1 step by meanflow, seed 0: a grid in grid.png" in done.stdout
     assert np.asarray(Image.open(elsewhere / "grid.png")).std() > 0
 
     parameters = f"run: {out}, n: 12, steps: [1, 2], seeds: [0, 1], device: cpu"
@@ -88,7 +88,7 @@ def test_a_folder_is_trained_sampled_evaluated_and_resumed(root, tmp_path, pixel
     assert set(scored) == {"energy distance", "diversity", "mean shift", "copies"}
     assert scored["energy distance"].reference_n == 42 and about["real"]["spread"] > 0
 
-    parameters = f"preset: own, data: ../pictures/, size: 16, out: {out}, overrides: {{epochs: 3, {small}}}"
+    parameters = f"preset: own, data: ../pictures/, size: 8, out: {out}, overrides: {{epochs: 3, {small}}}"
     text = papermill("train.ipynb", tmp_path / "again.ipynb", parameters, root, elsewhere)
     assert "resumes at step 2 of 3" in text and history(out)[-1]["step"] == 3
 
