@@ -477,7 +477,8 @@ def chosen_variants(sets=("objectives",), preset: str = "digits", names=None, **
 
     sets: a name or several, of "objectives", "distance", "c", "T", "recipe" and "network". preset: whose
     settings they take. names: only these. options: objectives, c, features (distance); objectives, c_values,
-    features (c); T_values, epochs (T); resolution at which the estimate enters (network). Raises `ValueError` for a set, preset, name or option that does not exist.
+    features (c); T_values, epochs (T); resolution at which the estimate enters (network). Raises
+    `ValueError` for a set, preset, name or option that does not exist.
     """
     sets = [sets] if isinstance(sets, str) else list(sets)
     refuse_unknown("preset", preset, PRESETS)
