@@ -40,7 +40,7 @@ def step_dtype(config: TrainConfig, device) -> torch.dtype:
     """The number format of a training step's products: torch.bfloat16 or torch.float32.
 
     precision="auto" is bfloat16 on a GPU that has it, unless the objective takes differences of answers that
-    nearly agree (`Objective.levels`). Raises `ValueError` where bfloat16 is asked of a GPU without it.
+    nearly agree (`Objective.draws`). Raises `ValueError` where bfloat16 is asked of a GPU without it.
     """
     able = has_bfloat16(device)
     if config.precision == "bfloat16" and device.type == "cuda" and not able:
@@ -49,7 +49,7 @@ def step_dtype(config: TrainConfig, device) -> torch.dtype:
             "take 'float32' or 'auto'"
         )
     if config.precision == "auto":
-        return torch.bfloat16 if able and not OBJECTIVES[config.objective].levels else torch.float32
+        return torch.bfloat16 if able and not OBJECTIVES[config.objective].draws else torch.float32
     return getattr(torch, config.precision)
 
 
@@ -336,6 +336,8 @@ def make_batch(run: Run, index: torch.Tensor, draws: dict) -> Batch:
         label=label if c.classes else None,
         progress=run.done / run.steps,
         epoch=run.epoch,
+        guidance=c.guidance,
+        label_dropout=c.label_dropout,
         **draws,
     )
     prepare = OBJECTIVES[c.objective].prepare

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .checks import refuse_unknown
+
 # %% ../nbs/05_unet.ipynb #05-unet-005
 class GroupNorm(nn.GroupNorm):
     """torch's GroupNorm; in a compiled graph by elementary operations.
@@ -71,23 +73,36 @@ def full_precision(x: torch.Tensor):
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-class Embedding(nn.Module):
-    """The vector that tells every block the time and the label.
+TIMES = ("step", "angle", "interval")
 
-    forward(t [B], label [B] or None) -> float32 [B, width], under autocast too.
-    base: channels of the sinusoid; width: of the result; classes: how many labels, or None.
+
+class Embedding(nn.Module):
+    r"""The vector that tells every block the time and the label.
+
+    forward(t [B], label [B] or None, span [B] or None) -> float32 [B, width], under autocast too.
+    base: channels of each sinusoid; width: of the result; classes: how many labels, or None.
+    told: how the time is told, one of `TIMES`. "step": t is its number. "angle": t is $\theta$ in [0, π/2].
+    "interval": that, and the angle `span` of an interval that ends there. A label of -1 is no label.
     """
 
-    def __init__(self, base: int, width: int, classes: int | None):
+    def __init__(self, base: int, width: int, classes: int | None, told: str = "step"):
         super().__init__()
         self.base = base
+        # the shortest and the longest wavelength, in numbers of steps or in radians
+        self.waves = (2 * math.pi, 2e4 * math.pi) if told == "step" else (math.pi / 4, 25 * math.pi)
         self.time = nn.Sequential(nn.Linear(base, width), nn.SiLU(), nn.Linear(width, width))
         self.label = None if classes is None else nn.Embedding(classes, width)
+        if told == "interval":
+            self.span = nn.Sequential(nn.Linear(base, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, t: torch.Tensor, label: torch.Tensor | None, span: torch.Tensor | None = None):
         with full_precision(t):
-            e = self.time(sinusoid(t, self.base, 2 * math.pi, 2e4 * math.pi))
-            return F.silu(e if label is None else e + self.label(label))
+            e = self.time(sinusoid(t, self.base, *self.waves))
+            if span is not None:
+                e = e + self.span(sinusoid(span, self.base, *self.waves))
+            if label is not None:
+                e = e + self.label(label.clamp(min=0)) * (label >= 0)[:, None]
+            return F.silu(e)
 
 # %% ../nbs/05_unet.ipynb #05-unet-015c
 def mix(x: torch.Tensor) -> torch.Tensor:
@@ -393,6 +408,7 @@ def check_config(
     groups,
     estimate_positions,
     transformer,
+    time,
 ) -> None:
     "Raise `ValueError` naming the first argument of `UNet` that does not fit, with what would."
     if len(shape) != 3 or min(shape) < 1 or shape[1] != shape[2]:
@@ -419,6 +435,7 @@ def check_config(
         isinstance(classes, bool) or not isinstance(classes, numbers.Integral) or classes < 1
     ):
         raise ValueError(f"classes={classes}: need an integer >= 1, or None for an unconditional network")
+    refuse_unknown("time", time, TIMES)
     has = [shape[1] >> i for i in range(len(multipliers))]
     for name, v in (("attention", attention), ("estimate", estimate)):
         if set(v) - set(has):
@@ -437,7 +454,12 @@ def check_config(
 
 # %% ../nbs/05_unet.ipynb #05-unet-040
 def check_call(
-    net, x_t: torch.Tensor, t: torch.Tensor, x0_estimate: torch.Tensor, label: torch.Tensor | None
+    net,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    x0_estimate: torch.Tensor,
+    label: torch.Tensor | None,
+    span: torch.Tensor | None = None,
 ) -> None:
     """Raise `ValueError` on inputs that `net` cannot take.
 
@@ -449,12 +471,17 @@ def check_call(
         raise ValueError(
             f"x0_estimate has shape {tuple(x0_estimate.shape)}; expected that of x_t, {tuple(x_t.shape)}"
         )
-    for name, v in (("t", t), ("label", label)):
+    told = net.config["time"]
+    if (span is None) == (told == "interval"):
+        raise ValueError(f"span={span}: a network with time={told!r} takes one only for 'interval'")
+    for name, v, floats in (("t", t, told != "step"), ("span", span, True), ("label", label, False)):
         if v is None:
             continue
-        if v.shape != x_t.shape[:1] or v.dtype not in (torch.int64, torch.int32):
+        kinds = (torch.float32, torch.float64) if floats else (torch.int64, torch.int32)
+        if v.shape != x_t.shape[:1] or v.dtype not in kinds:
             raise ValueError(
-                f"{name} is {v.dtype} {tuple(v.shape)}; expected integers ({len(x_t)},), one for each sample"
+                f"{name} is {v.dtype} {tuple(v.shape)}; expected {'floats' if floats else 'integers'} "
+                f"({len(x_t)},), one for each sample"
             )
     if label is None and net.classes is not None:
         raise ValueError(
@@ -467,7 +494,7 @@ def check_call(
             "leave label=None, or build it with classes=…"
         )
     if label is not None and label.device.type == "cpu" and not torch.compiler.is_compiling() and len(label):
-        if label.min() < 0 or label.max() >= net.classes:
+        if label.min() < -1 or label.max() >= net.classes:
             raise ValueError(
                 f"label ranges over {label.min().item()}..{label.max().item()}; "
                 f"it must stay in 0..{net.classes - 1}"
@@ -480,7 +507,8 @@ class UNet(nn.Module):
     shape: (C, R, R) of one image. base: channels of the first stage, times `multipliers` in each stage.
     blocks: residual blocks a stage. attention, estimate: the resolutions with self-attention, and with
     cross-attention to the estimate. classes: how many labels, None for an unconditional network.
-    head_channels: width of an attention head. groups: at most so many in a normalisation.
+    head_channels: width of an attention head. groups: at most so many in a normalisation. time: how the time
+    is told, one of `TIMES`: "step", its number; "angle"; "interval", an angle and the span that ends there.
     estimate_positions: whether the attention knows the places of the estimate's patches; False: a set of
     pixels, as in the published code. transformer: the published block at the attended resolutions.
 
@@ -503,6 +531,7 @@ class UNet(nn.Module):
         groups: int = 32,
         estimate_positions: bool = True,
         transformer: bool = False,
+        time: str = "step",
     ):
         super().__init__()
         self.config = dict(
@@ -518,6 +547,7 @@ class UNet(nn.Module):
             groups=groups,
             estimate_positions=estimate_positions,
             transformer=transformer,
+            time=time,
         )
         check_config(**self.config)
         self.shape, self.classes, self.recompute = tuple(shape), classes, False
@@ -528,7 +558,7 @@ class UNet(nn.Module):
         shape, base, blocks, groups = (self.config[k] for k in ("shape", "base", "blocks", "groups"))
         channels = [base * m for m in self.config["multipliers"]]
         last = len(channels) - 1
-        self.embedding = Embedding(base, 4 * base, self.classes)
+        self.embedding = Embedding(base, 4 * base, self.classes, self.config["time"])
         self.stem = nn.Conv2d(shape[0], base, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         c, skips = base, [base]  # channels of the signal, and of each activation kept for the way up
@@ -546,15 +576,14 @@ class UNet(nn.Module):
         for number, m in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
             m.number = number
 
-    def forward(
-        self, x_t: torch.Tensor, t: torch.Tensor, x0_estimate: torch.Tensor, label: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """F_θ, shaped like x_t. x_t, x0_estimate [B, C, R, R]; t long [B] in 0..T.
+    def forward(self, x_t, t, x0_estimate, label=None, span=None) -> torch.Tensor:
+        """F_θ, shaped like x_t. x_t, x0_estimate [B, C, R, R]; t [B], as `time` says: long 0..T, or an angle.
 
-        label: long [B] in 0..classes-1; None in an unconditional network. `ValueError` on what does not fit.
+        label: long [B] in 0..classes-1, or -1 for none; None in an unconditional network. span: [B], for
+        time="interval". `ValueError` on what does not fit.
         """
-        check_call(self, x_t, t, x0_estimate, label)
-        e, estimate = self.embedding(t, label), x0_estimate
+        check_call(self, x_t, t, x0_estimate, label, span)
+        e, estimate = self.embedding(t, label, span), x0_estimate
         call = lambda block, *inputs: block(*inputs)
         if self.recompute and torch.is_grad_enabled():
             call = partial(checkpoint, use_reentrant=False)
