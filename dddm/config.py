@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .checks import refuse_unknown
 from .levels import LEVEL_DISTRIBUTIONS
 from .model import DDDM
-from .objectives import OBJECTIVES, assemble, estimate_of, needs_store
+from .objectives import DERIVATIVES, OBJECTIVES, assemble, estimate_of, needs_store
 from .sampling import SAMPLERS
 from .schedule import VPSchedule
 from .store import without_checksum
@@ -58,9 +58,9 @@ class TrainConfig:
 
     # fmt: off
     # the images
-    data: str               = option("digits",       "a name (digits, cifar10, imagenet64) or a path")
+    data: str               = option("digits",       "digits, a name in `dddm.data.KNOWN`, or a path")
     data_path: str | None   = option(None,           "where a named data set lies; None: the usual place")
-    download: bool          = option(False,          "allow CIFAR-10 to be fetched")
+    download: bool          = option(False,          "allow MNIST, Fashion-MNIST or CIFAR-10 to be fetched")
     on_error: str           = option("stop",         '"stop" at a bad image, or "skip" it')
     resize: bool            = option(False,          "make other images fit shape; else they stop it")
     shape: tuple            = option((1, 8, 8),      "(C, H, W) of an image, each at least 1")
@@ -79,6 +79,7 @@ class TrainConfig:
     estimate: str | None    = option(None,           "what fills the estimate; None: the objective's own")
     levels: tuple           = option((10, 80),       "fewest and most noise levels, for consistency")
     level_distribution: str = option("lognormal",    "how they are drawn: lognormal, uniform, rising")
+    derivative: str         = option("difference",   "of meanflow: difference, or the slower exact jvp")
     guidance: float         = option(1.0,            "weight of the class, for meanflow; 1: no guidance")
     label_dropout: float    = option(0.0,            "share of labels that meanflow hides, in [0, 1)")
     distance: str           = option("pseudo_huber", "d, a name that dddm.losses.distance takes")
@@ -121,6 +122,7 @@ class TrainConfig:
 CHOICES = dict(
     objective=tuple(OBJECTIVES),
     level_distribution=LEVEL_DISTRIBUTIONS,
+    derivative=DERIVATIVES,
     sampler=tuple(SAMPLERS),
     on_error=("stop", "skip"),
     precision=("auto", "float32", "bfloat16"),

@@ -272,7 +272,7 @@ class Samples:
         return self.n * (max(left) - (reached if reached <= min(left) else 0))
 
 # %% ../nbs/11b_evaluation.ipynb #11b-evaluation-012
-EXTRACTORS = {**{name: name for name in FEATURES}, "cifar10": "cifar"}  # by data; all other data: "inception"
+EXTRACTORS = {about["images"]: name for name, about in FEATURES.items()}  # by data; all other: "inception"
 METRICS = ("fd", "precision", "recall", "diversity", "mean shift")
 
 

@@ -33,11 +33,13 @@ DEEP64 = dict(base=192, multipliers=(1, 2, 3, 4), blocks=6, dropout=0.0, attenti
 CODE32 = ADM32 | dict(dropout=0.0, head_channels=128, estimate_positions=False, transformer=True)
 NET96  = dict(base=96,  multipliers=(1, 2, 2),    blocks=2, dropout=0.1, attention=(16, 8), estimate=(16, 8))
 NET32  = dict(base=32,  multipliers=(1, 2, 2),    blocks=1, dropout=0.0, attention=(8,),    estimate=(16, 8))
+NET28  = dict(base=16,  multipliers=(1, 2, 2),    blocks=1, dropout=0.0, attention=(7,),    estimate=(14, 7))
 TINY32 = dict(base=32,  multipliers=(1, 1),       blocks=1, dropout=0.0, attention=(4,),    estimate=(8, 4))
 TINY16 = dict(base=16,  multipliers=(1, 2),       blocks=1, dropout=0.0, attention=(4,),    estimate=(8, 4))
 
 # images, and how often a run on them writes
 DIGITS     = dict(data="digits",     shape=(1, 8, 8),   c=pseudo_huber_c((1, 8, 8)),   **every(15, 300))
+MNIST      = dict(data="mnist",      shape=(1, 28, 28), c=pseudo_huber_c((1, 28, 28)), **every(50, 1000))
 CIFAR10    = dict(data="cifar10",    shape=(3, 32, 32), c=pseudo_huber_c((3, 32, 32)), **every(50, 1000))
 IMAGENET64 = dict(data="imagenet64", shape=(3, 64, 64), c=pseudo_huber_c((3, 64, 64)), **every(50, 2500))
 OFTEN      = every(10, 100)
@@ -54,6 +56,7 @@ CODE  = dict(objective="published_code", beta_min=0.01, beta_max=50.0, c=1.4e-4,
 ALGORITHM_1 = {
     # small, for a laptop (ours)
     "digits":          dict(DIGITS | SMALL,           net=TINY32, T=1000, epochs=60,   lr=1e-3),
+    "mnist":           dict(MNIST | SMALL,            net=NET28,  T=1000, epochs=8,    lr=1e-3, classes=10),
     "cifar10-small":   dict(CIFAR10 | OFTEN | SMALL,  net=NET32,  T=1000, epochs=4,    lr=5e-4),
     # the paper's models of CIFAR-10
     "cifar10":         dict(CIFAR10 | PAPER,          net=ADM32,  T=1000, epochs=1000, lr=2e-4),
@@ -83,13 +86,15 @@ def one_step(fields: dict) -> dict:
     r"""Fields of `TrainConfig` with the recipe for one and for few steps put in: `MEANFLOW`, and its c.
 
     fields: need "shape" (C, H, W), from which $c = \sqrt{CHW/1000}$: a mean squared error of 0.001 (Geng et
-    al. 2025). An "estimate" and a "sampler" are dropped, the other fields stay. Raises `ValueError` where
+    al. 2025). An "estimate" and a "sampler" are dropped, and the network's layers that
+    read an estimate. The other fields stay. Raises `ValueError` where
     "shape" is missing.
     """
     if "shape" not in fields:
         raise ValueError("fields lack shape: the recipe's c follows it")
     rest = {k: v for k, v in fields.items() if k not in ("estimate", "sampler")}
-    return rest | MEANFLOW | dict(c=math.sqrt(math.prod(fields["shape"]) / 1000))
+    net = fields.get("net", {}) | dict(estimate=())
+    return rest | MEANFLOW | dict(c=math.sqrt(math.prod(fields["shape"]) / 1000), net=net)
 
 # %% ../nbs/11_presets.ipynb #11-presets-011
 CONSISTENCY = dict(
@@ -135,6 +140,7 @@ ONE_STEP = {
 PRESETS = {
     **ALGORITHM_1,
     **{f"{name}-one-step": one_step(ALGORITHM_1[name]) for name in ("digits", "cifar10-small", "cifar10")},
+    "mnist-one-step": one_step(ALGORITHM_1["mnist"]) | dict(ema=0.999),
     **ONE_STEP,
     "cifar10-ten-minutes": consistency(ALGORITHM_1["cifar10"]) | TEN_MINUTES,
     **{name.replace("consistency", "few-steps"): fields | FEW_STEPS for name, fields in ONE_STEP.items()},

@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from .checks import check_count, refuse_unknown
 from .config import TrainConfig
 from .data import Images
+from .evaluation import EXTRACTORS
 from .extractors import LIBRARY, Extractor, Features, extract, load_extractor, reference_features
 from .metrics import class_counts, copied_noise, energy_distance, measure, memorisation
 from .objectives import OBJECTIVES, Batch, estimate_of, needs_store, network_estimate
@@ -515,7 +516,7 @@ class Study:
     n: int = 1000  # samples for each measurement
     steps: tuple = (1, 2, 5, 20, 100)  # evaluations an image
     tolerance: float | None = None  # see `dddm.sampling.sample`; for the sampler "iterate"
-    extractor: str = "digits"
+    extractor: str | None = None  # None: by `dddm.evaluation.EXTRACTORS`, as the images ask for
 
     def __post_init__(self):
         check_study(self)
@@ -591,7 +592,8 @@ def open_inputs(study: Study) -> Inputs:
     configs = [study.config(variant, study.seeds[0]) for variant in study.variants]
     for config in {str((c.distance, c.c, c.distance_options)): c for c in configs}.values():
         open_distance(config)
-    extractor, images = load_extractor(study.extractor), load_images(configs[0])
+    which = study.extractor or EXTRACTORS.get(configs[0].data, "inception")
+    extractor, images = load_extractor(which), load_images(configs[0])
     return Inputs(extractor, images, reference_features(images, extractor, progress=False))
 
 
@@ -891,7 +893,7 @@ def results_config(study: Study, inputs: Inputs, files: list[VariantFile]) -> di
         batch=fields["batch"],
         n=study.n,
         reference_n=len(inputs.images),
-        extractor=study.extractor,
+        extractor=inputs.extractor.name,
         weights=inputs.extractor.weights,
         resize=inputs.extractor.resize,
         reference=inputs.reference.data,
