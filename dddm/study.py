@@ -173,6 +173,12 @@ ERRORS = {
     "error_mean": "mean image",
     "error_least": "least from x_t",
 }
+FED = {
+    "error_truth": "the truth",
+    "error_training": "estimate of training",
+    "error_other": "another image's",
+    "error_sampling": "noise, as in sampling",
+}
 
 
 def gap_table(rows: list[Row], metrics: dict[str, str] = ERRORS, digits: int = 3, of: int = 1) -> list[dict]:
@@ -435,6 +441,19 @@ def recipe_variants(preset_name: str) -> list[Variant]:
                 variants.append(Variant(name, {**fields, **learning}, ("renoise",), ("recipe",)))
     return variants
 
+# %% ../nbs/12_study.ipynb #12-study-026b
+def network_variants(preset_name: str, resolution: int = 8) -> list[Variant]:
+    "With and without the estimate's positions: algorithm 1 with three estimates, and the published code."
+    table = [("paper", estimate) for estimate in ("store", "truth", "noise")] + [("published_code", "store")]
+    variants = []
+    for positions, words in ((True, "positions"), (False, "no positions")):
+        for objective, estimate in table:
+            net = dict(estimate=(resolution,), estimate_positions=positions)
+            fields = dict(objective=objective, estimate=estimate, net=net)
+            name = f"{objective.replace('_', ' ')}, {estimate}, {words}"
+            variants.append(Variant(name, fields, (own_sampler(objective),), ("network",)))
+    return variants
+
 # %% ../nbs/12_study.ipynb #12-study-027
 SETS: dict[str, Callable] = dict(
     objectives=objective_variants,
@@ -442,6 +461,7 @@ SETS: dict[str, Callable] = dict(
     c=c_variants,
     T=T_variants,
     recipe=recipe_variants,
+    network=network_variants,
 )
 OPTIONS = {  # which options a set takes
     "objectives": (),
@@ -449,15 +469,17 @@ OPTIONS = {  # which options a set takes
     "c": ("objectives", "c_values", "features"),
     "T": ("T_values", "epochs"),
     "recipe": (),
+    "network": ("resolution",),
 }
 
 # %% ../nbs/12_study.ipynb #12-study-028
 def chosen_variants(sets=("objectives",), preset: str = "digits", names=None, **options) -> list[Variant]:
     """The variants of one or more sets, each once.
 
-    sets: a name or several, of "objectives", "distance", "c", "T" and "recipe". preset: whose settings they
-    take. names: only these. options: objectives, c, features (distance); objectives, c_values, features (c);
-    T_values, epochs (T). Raises `ValueError` for a set, preset, name or option that does not exist.
+    sets: a name or several, of "objectives", "distance", "c", "T", "recipe" and "network". preset: whose
+    settings they take. names: only these. options: objectives, c, features (distance); objectives, c_values,
+    features (c); T_values, epochs (T); resolution at which the estimate enters (network). Raises
+    `ValueError` for a set, preset, name or option that does not exist.
     """
     sets = [sets] if isinstance(sets, str) else list(sets)
     refuse_unknown("preset", preset, PRESETS)
@@ -641,7 +663,7 @@ def late_batch(config: TrainConfig, images: Images, store, seed: int, count: int
 
 
 def gap(model, config: TrainConfig, images: Images, store, seed: int, count: int = 512) -> dict:
-    "Mean squared errors per pixel at large t: see `ERRORS`."
+    "Mean squared errors per pixel at large t: see `ERRORS` and `FED`."
     batch = late_batch(config, images, store, seed, count)
     signal, amount = model.schedule.signal_noise(batch.t, batch.x0)
     x_t = signal * batch.x0 + amount * batch.noise
@@ -652,10 +674,11 @@ def gap(model, config: TrainConfig, images: Images, store, seed: int, count: int
     with torch.no_grad():
         how = estimate_of(config.objective, config.estimate)
         fed = network_estimate(how, model, batch, x_t, batch.t)
-        errors = dict(
-            error_training=error(model(fed, x_t, batch.t, batch.label)),
-            error_sampling=error(model(batch.estimate_noise, x_t, batch.t, batch.label)),
-        )
+        feeds = dict(training=fed, sampling=batch.estimate_noise, truth=batch.x0, other=fed.roll(1, 0))
+        errors = {
+            f"error_{name}": error(model(estimate, x_t, batch.t, batch.label))
+            for name, estimate in feeds.items()
+        }
     mean = images.get(torch.arange(len(images)))[0].mean(0, keepdim=True)
     least = data_posterior_mean(images, x_t, signal, amount, batch.label)
     return errors | dict(error_mean=error(mean), error_least=error(least))
