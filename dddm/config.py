@@ -78,7 +78,7 @@ class TrainConfig:
     objective: str          = option("paper",        "a name of dddm.objectives.OBJECTIVES")
     estimate: str | None    = option(None,           "what fills the estimate; None: the objective's own")
     levels: tuple           = option((10, 80),       "fewest and most noise levels, for consistency")
-    level_distribution: str = option("lognormal",    "how they are drawn: lognormal, uniform, rising")
+    level_distribution: str = option("lognormal",    "lognormal, uniform, rising or shrinking")
     derivative: str         = option("difference",   "of meanflow: difference, or the slower exact jvp")
     guidance: float         = option(1.0,            "weight of the class, for meanflow; 1: no guidance")
     label_dropout: float    = option(0.0,            "share of labels that meanflow hides, in [0, 1)")
@@ -121,7 +121,7 @@ class TrainConfig:
 # %% ../nbs/09_config.ipynb #09-config-009
 CHOICES = dict(
     objective=tuple(OBJECTIVES),
-    level_distribution=LEVEL_DISTRIBUTIONS,
+    level_distribution=(*LEVEL_DISTRIBUTIONS, "shrinking"),
     derivative=DERIVATIVES,
     sampler=tuple(SAMPLERS),
     on_error=("stop", "skip"),

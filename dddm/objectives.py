@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .checks import refuse_unknown
-from .levels import intervals, level_count
+from .levels import intervals, level_count, sigma
 from .model import DDDM, AngleTime, Boundary, MeanVelocity
 from .sampling import SAMPLERS
 from .schedule import VPSchedule
@@ -131,6 +131,24 @@ def published_code(model, d, batch: Batch, estimate: str = "store"):
     value = batch.weight * d(x_hat, batch.x0) + (1 - batch.weight) * d(x_hat, batch.stored)
     return value, batch.x0
 
+# %% ../nbs/08c_objectives.ipynb #08c-objectives-033
+STAGES = 8
+
+
+def draw_gaps(batch: Batch, schedule: VPSchedule) -> Batch:
+    r"""`batch` with `t`, `t_below` and `weight`, whose gap shrinks in training (Geng et al. 2024, ECT).
+
+    $\ln\sigma_t \sim N(-1.1, 2^2)$ and $\sigma_s = (1 - 2^{-k})\,\sigma_t$, rounded to steps, in eight equal
+    stages k = 0 … 7. At k = 0 the level below is the data: the training begins as a diffusion model.
+    """
+    s = sigma(schedule)
+    z = torch.special.ndtr((s.log() + 1.1) / 2)
+    t = torch.searchsorted((z - z[0]) / (z[-1] - z[0]), batch.u.double().cpu()).clamp(1, schedule.T)
+    share = 1 - 0.5 ** int(batch.progress * STAGES)
+    below = torch.minimum(torch.searchsorted(s, share * s[t]), t - 1)
+    here, weight = batch.x0.device, (1 / (s[t] - s[below])).float()
+    return replace(batch, t=t.to(here), t_below=below.to(here), weight=weight.to(here))
+
 # %% ../nbs/08c_objectives.ipynb #08c-objectives-034
 def draw_levels(
     batch: Batch, schedule: VPSchedule, level_range: tuple = (10, 80), distribution: str = "lognormal"
@@ -139,8 +157,10 @@ def draw_levels(
     its `weight`.
 
     The intervals are those of `dddm.levels.intervals`, with `level_count(batch.progress, *level_range)`
-    levels. Runs on the device of `batch.u`.
+    levels; "shrinking" is `draw_gaps` instead. Runs on the device of `batch.u`.
     """
+    if distribution == "shrinking":
+        return draw_gaps(batch, schedule)
     count = level_count(batch.progress, *level_range)
     device = batch.u.device if batch.u.device.type != "mps" else "cpu"  # MPS has no float64
     times, cumulative, weight = intervals(schedule, count, distribution, batch.progress, device)
