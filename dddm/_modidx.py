@@ -820,5 +820,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'dddm.zoo.refuse_other': ('zoo.html#refuse_other', 'dddm/zoo.py'),
                           'dddm.zoo.replace_folder': ('zoo.html#replace_folder', 'dddm/zoo.py'),
                           'dddm.zoo.run_directories': ('zoo.html#run_directories', 'dddm/zoo.py'),
+                          'dddm.zoo.set_aside': ('zoo.html#set_aside', 'dddm/zoo.py'),
                           'dddm.zoo.whole_folder': ('zoo.html#whole_folder', 'dddm/zoo.py'),
                           'dddm.zoo.write_model': ('zoo.html#write_model', 'dddm/zoo.py')}}}

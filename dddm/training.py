@@ -222,7 +222,7 @@ def save(run: Run) -> None:
     except (OSError, RuntimeError, ValueError, SafetensorError) as e:
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(
-            f"the checkpoint of step {run.done} could not be written ({e}); {last_checkpoint_text(run.out)}. "
+            f"the checkpoint {final} could not be written ({e}); {last_checkpoint_text(run.out)}. "
             f"{size_text(shutil.disk_usage(run.out).free)} are free on the disk: free more and run again"
         ) from e
     run.accelerator.wait_for_everyone()
