@@ -402,6 +402,7 @@ def size_text(n: float) -> str:
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-023
 NUMBERS = dict(history=("epoch", "loss"), speed=("seconds", "images_per_second"))  # besides the step
+NAMES = {"step", "loss_by_t", "closing", "memory", *NUMBERS["history"], *NUMBERS["speed"]}
 
 
 class Line(NamedTuple):
@@ -418,8 +419,8 @@ def parse_line(line: bytes, kind: str) -> dict | None:
         record = without_checksum(record) if isinstance(record, dict) else None
     except (ValueError, RecursionError):
         return None
-    if record is None or type(record.get("step")) is not int:
-        return None
+    if record is None or type(record.get("step")) is not int or set(record) - NAMES:
+        return None  # of a damaged name, too: that of the checksum would take the check with it
     whole = all(has_type(record.get(name), float) for name in NUMBERS[kind])
     return record if whole and (kind != "history" or is_quarters(record.get("loss_by_t"))) else None
 

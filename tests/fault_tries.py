@@ -807,61 +807,78 @@ def killed_caches(world: World, rng, times: int):
 
 
 CHECKPOINT = ("model.safetensors", "ema.safetensors", "state.pt", "store-0.pt")
-KINDS = {
-    "SIGKILL of a training, at any instant": (kills, 40),
-    "SIGKILL inside a write": (kills_in_writes, 60),
-    "SIGINT": (interrupts, 15),
-    "SIGTERM": (terminations, 15),
-    "full disk: a write fails": (full_calls, 25),
-    "full disk: a file cannot grow": (full_limits, 25),
-    "full disk, a real one": (full_disks, 20),
-    "full disk: no room for the store": (full_store, 4),
-    **{
-        f"{name}, {what}": (harmed_runs(f"checkpoints/*/{name}", harm), 3 if harm is remove else 12)
-        for name in (*CHECKPOINT, "manifest.json")
-        for what, harm in HARMS.items()
+GROUPS = {  # what the kinds are about: {kind: (its function, how often it is tried)}
+    "a process is killed or stopped": {
+        "SIGKILL of a training, at any instant": (kills, 40),
+        "SIGKILL inside a write": (kills_in_writes, 60),
+        "SIGINT": (interrupts, 15),
+        "SIGTERM": (terminations, 15),
+        "SIGKILL while a small file is written": (killed_writers, 24),
+        "SIGKILL while a model is exported": (killed_exports, 20),
+        "SIGKILL while images are decoded": (killed_caches, 15),
     },
-    "all manifests, a flipped bit": (harmed_runs("checkpoints/*/manifest.json", flip, both=True), 12),
-    "all manifests, cut short": (harmed_runs("checkpoints/*/manifest.json", cut, both=True), 12),
-    "all manifests, missing": (harmed_runs("checkpoints/*/manifest.json", remove, both=True), 3),
-    "config.json, a flipped bit": (harmed_runs("config.json", flip), 60),
-    "config.json, cut short": (harmed_runs("config.json", cut), 10),
-    "history.jsonl, a flipped bit": (harmed_runs("history.jsonl", flip), 30),
-    "history.jsonl, cut short": (harmed_runs("history.jsonl", cut), 20),
-    "history.jsonl, missing": (harmed_runs("history.jsonl", remove), 3),
-    "history.jsonl, a last line that a kill tore": (torn_lines, 20),
-    "speed.jsonl, a flipped bit": (harmed_runs("speed.jsonl", flip), 10),
-    "the run's identity, a flipped bit": (harmed_runs(".id", flip), 5),
-    "a grid of samples, a flipped bit": (harmed_grid(flip), 10),
-    "a grid of samples, cut short": (harmed_grid(cut), 5),
-    "a run's model and history are read, one file damaged": (harmed_loads, 40),
-    "a file of a run may not be read": (unreadable_runs, 20),
-    "the store's file, damaged": (harmed_store_file, 24),
-    "two runs on one store": (two_runs_on_one_store, 8),
-    "two processes in one run, the lock removed or not": (two_runs_in_one_folder, 10),
-    "a disk without locks, or without flushing of folders": (no_locks, 6),
-    "images that moved, or changed": (moved_images, 15),
-    "the image cache's header, a flipped bit": (harmed_cache("npy header", flip), 40),
-    "the image cache's pixels, a flipped bit": (harmed_cache("npy", flip), 40),
-    "the image cache's pixels, cut short": (harmed_cache("npy", cut), 5),
-    "the image cache's description, a flipped bit": (harmed_cache("json", flip), 60),
-    "the image cache's description, cut short": (harmed_cache("json", cut), 10),
-    "the features' cache, damaged": (harmed_features, 20),
-    **{
+    "the disk is full": {
+        "full disk: a write fails": (full_calls, 25),
+        "full disk: a file cannot grow": (full_limits, 25),
+        "full disk, a real one": (full_disks, 20),
+        "full disk: no room for the store": (full_store, 4),
+        "full disk while a small file is written": (full_writers, 40),
+    },
+    "a file of a checkpoint is damaged": {
+        **{
+            f"{name}, {what}": (harmed_runs(f"checkpoints/*/{name}", harm), 3 if harm is remove else 12)
+            for name in (*CHECKPOINT, "manifest.json")
+            for what, harm in HARMS.items()
+        },
+        **{
+            f"all manifests, {what}": (
+                harmed_runs("checkpoints/*/manifest.json", harm, both=True),
+                3 if harm is remove else 12,
+            )
+            for what, harm in HARMS.items()
+        },
+    },
+    "another file of a run is damaged": {
+        "config.json, a flipped bit": (harmed_runs("config.json", flip), 60),
+        "config.json, cut short": (harmed_runs("config.json", cut), 10),
+        "history.jsonl, a flipped bit": (harmed_runs("history.jsonl", flip), 30),
+        "history.jsonl, cut short": (harmed_runs("history.jsonl", cut), 20),
+        "history.jsonl, missing": (harmed_runs("history.jsonl", remove), 3),
+        "history.jsonl, a last line that a kill tore": (torn_lines, 20),
+        "speed.jsonl, a flipped bit": (harmed_runs("speed.jsonl", flip), 10),
+        "the run's identity, a flipped bit": (harmed_runs(".id", flip), 5),
+        "a grid of samples, a flipped bit": (harmed_grid(flip), 10),
+        "a grid of samples, cut short": (harmed_grid(cut), 5),
+        "a run's model and history are read, one file damaged": (harmed_loads, 40),
+        "the store's file, damaged": (harmed_store_file, 24),
+    },
+    "a cache is damaged": {
+        "the image cache's header, a flipped bit": (harmed_cache("npy header", flip), 40),
+        "the image cache's pixels, a flipped bit": (harmed_cache("npy", flip), 40),
+        "the image cache's pixels, cut short": (harmed_cache("npy", cut), 5),
+        "the image cache's description, a flipped bit": (harmed_cache("json", flip), 60),
+        "the image cache's description, cut short": (harmed_cache("json", cut), 10),
+        "the features' cache, damaged": (harmed_features, 20),
+    },
+    "an exported model is damaged": {
         f"an exported model's {name}, {what}": (harmed_export(name, HARMS[what]), times)
         for name in ("config.json", "model.safetensors")
         for what, times in (("a flipped bit", 60), ("cut short", 20), ("missing", 1))
     },
-    **{
+    "results or kept images are damaged": {
         f"{kept.name}, {what}": (harmed_kept(kept, HARMS[what]), times)
         for kept in KEPT
         for what, times in (("a flipped bit", 60), ("cut short", 20))
     },
-    "SIGKILL while a small file is written": (killed_writers, 24),
-    "full disk while a small file is written": (full_writers, 40),
-    "SIGKILL while a model is exported": (killed_exports, 20),
-    "SIGKILL while images are decoded": (killed_caches, 15),
+    "two runs at once; places": {
+        "two runs on one store": (two_runs_on_one_store, 8),
+        "two processes in one run, the lock removed or not": (two_runs_in_one_folder, 10),
+        "a disk without locks, or without flushing of folders": (no_locks, 6),
+        "a file of a run may not be read": (unreadable_runs, 20),
+        "images that moved, or changed": (moved_images, 15),
+    },
 }
+KINDS = {name: kind for kinds in GROUPS.values() for name, kind in kinds.items()}
 
 
 def tries(world: World, name: str) -> Counter:
@@ -880,7 +897,8 @@ def main(path: str, *names: str) -> None:
         for name in names or KINDS:
             began = time.time()
             found = tries(world, name)
-            rows.append([name, sum(found.values()), *(found[outcome] for outcome in (*GOOD, *BAD))])
+            group = next(group for group, kinds in GROUPS.items() if name in kinds)
+            rows.append([group, name, sum(found.values()), *(found[outcome] for outcome in (*GOOD, *BAD))])
             print(f"{time.time() - began:6.1f} s  {name}: {dict(found)}", flush=True)
     provenance = dict(
         command=f"python tests/fault_tries.py {path}",
@@ -888,7 +906,7 @@ def main(path: str, *names: str) -> None:
         torch=torch.__version__,
         python=platform.python_version(),
     )
-    kept = dict(columns=["fault", "tries", *GOOD, *BAD], rows=rows, provenance=provenance)
+    kept = dict(columns=["group", "fault", "tries", *GOOD, *BAD], rows=rows, provenance=provenance)
     with whole_file(path) as part:
         part.write_text(json.dumps(with_checksum(kept), indent=1) + "\n")
 
