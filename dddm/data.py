@@ -25,7 +25,7 @@ import torch
 from .cache import cache_folder, cached, expand, fingerprint
 from .decoding import SKIP_HINT, BadFile, shape_mismatch
 from .layouts import Files, file_kind, in_words, list_folder, list_tar, list_zip
-from .sources import CIFAR10_FILES, Source, cifar_source, image_source, npz_source
+from .sources import CIFAR10_FILES, IDX_NAME, Source, cifar_source, idx_source, image_source, npz_source
 from .store import to_device
 
 # %% ../nbs/07d_data.ipynb #07d-data-006
@@ -130,10 +130,42 @@ def flip(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.where(mask.to(x.device)[:, None, None, None], x.flip(-1), x)
 
 # %% ../nbs/07d_data.ipynb #07d-data-029
+FASHION = [
+    "t-shirt/top",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+]
+
+
+def idx_set(name: str, torchvision: str, size: str, class_names: list) -> dict:
+    "The entry in `KNOWN` of a set in MNIST's form; torchvision: the name of its class and of its folder."
+    return dict(
+        classes=10,
+        shape=(1, 28, 28),
+        class_names=class_names,
+        torchvision=torchvision,
+        last_file=f"{torchvision}/raw/t10k-labels-idx1-ubyte",
+        source=f"load('{name}', download=True) fetches it ({size}), or path= names torchvision's folder, the "
+        f"{torchvision}/raw in it, one images file such as t10k-images-idx3-ubyte.gz (the test images), "
+        "or class folders, packed or not",
+    )
+
+# %% ../nbs/07d_data.ipynb #07d-data-029b
 KNOWN = {
+    "mnist": idx_set("mnist", "MNIST", "12 MB", list("0123456789")),
+    "fashion-mnist": idx_set("fashion-mnist", "FashionMNIST", "31 MB", FASHION),
     "cifar10": dict(
         classes=10,
         shape=(3, 32, 32),
+        torchvision="CIFAR10",
+        last_file="cifar-10-batches-py",
         source="load('cifar10', download=True) fetches it (170 MB, www.cs.toronto.edu/~kriz/cifar.html), or "
         "path= names torchvision's folder, cifar-10-python.tar.gz, or class folders, packed or not",
     ),
@@ -175,10 +207,15 @@ def open_archive(path: Path) -> Archive:
     raise ValueError(f"{path} is no folder, .zip, .tar, .tar.gz or .npz of images{but}")
 
 
-def open_source(path: Path, size, channels, expected, on_error) -> Source:
-    "The source at `path`, by what is there: npz files, CIFAR-10's pickles, an archive or a folder of images."
+def open_source(path: Path, size, channels, expected, on_error, class_names=None) -> Source:
+    """The source at `path`, by what is there: npz, CIFAR-10's pickles, idx, an archive or a folder of images.
+
+    class_names: of a named set whose files have none.
+    """
     files = None
-    if not path.is_dir():
+    if IDX_NAME.search(path.name) or path.is_dir() and any(IDX_NAME.search(p.name) for p in path.iterdir()):
+        kind = "idx"
+    elif not path.is_dir():
         kind, files = open_archive(path)
     elif any(path.glob("train_data_batch_*.npz")):
         kind = "npz"
@@ -186,45 +223,64 @@ def open_source(path: Path, size, channels, expected, on_error) -> Source:
         kind = "cifar"
     else:
         kind, files = "folder", list_folder(path)
-    if kind not in ("npz", "cifar"):
+    if kind not in ("npz", "cifar", "idx"):
         return image_source(path, files, size, channels, expected, on_error)
     if size or channels:
         raise ValueError(
             f"size={size}, channels={channels}: the arrays in {path} are used as they are; "
             "drop these options (in a training: resize)"
         )
+    if kind == "idx":
+        return idx_source(path, expected, class_names)
     return npz_source(path, expected) if kind == "npz" else cifar_source(path, expected)
 
 # %% ../nbs/07d_data.ipynb #07d-data-031
-def download_cifar10(folder: Path) -> Path:
-    "torchvision's download of CIFAR-10 into `folder`, checked against its md5; `OSError` where it fails."
-    from torchvision.datasets import CIFAR10 as Download
+CAN_FETCH = [name for name, known in KNOWN.items() if "torchvision" in known]
 
+
+def fetch(data: str, folder: Path) -> None:
+    "torchvision's download of a set into `folder`, checked against its md5; `OSError` where it fails."
+    import torchvision.datasets
+
+    known = KNOWN[data]
     try:
-        Download(folder, train=True, download=True)
+        getattr(torchvision.datasets, known["torchvision"])(folder, train=True, download=True)
     except (OSError, RuntimeError) as e:
         raise OSError(
-            f"CIFAR-10 could not be downloaded to {folder} ({e}). "
-            f"Without a network: {KNOWN['cifar10']['source']}"
+            f"{data} could not be downloaded to {folder} ({e}). Without a network: {known['source']}"
         ) from e
-    return folder
+
+
+def idx_folder(data: str, path: Path) -> Path:
+    "torchvision's raw folder of `data` if `path` has it, else `path`; `ValueError` for another set's."
+    own = KNOWN[data]["torchvision"]
+    found = next((place for place in (path / own / "raw", path / "raw") if place.is_dir()), path)
+    above = (found if found.is_dir() else found.parent).parent.name
+    for name in ("mnist", "fashion-mnist"):
+        folder = KNOWN[name]["torchvision"]
+        if name != data and (above == folder or found == path and (path / folder / "raw").is_dir()):
+            raise ValueError(
+                f"data={data!r}, path={path}: torchvision keeps {name} in {folder} and {data} in {own}; "
+                f"give data={name!r}, or the path of {data}"
+            )
+    return found
 
 
 def find_path(data, path, folder: Path, download: bool) -> Path:
     "The file or folder that `data` and `path` name; `FileNotFoundError` saying where the data comes from."
     if data not in KNOWN:
         return find_unnamed(data, path)
-    if path is None and data == "cifar10":
+    if path is None and data in CAN_FETCH:
         path = folder / "torchvision"
-        if not (path / "cifar-10-batches-py").is_dir():
+        if not (path / KNOWN[data]["last_file"]).exists():
             if not download:
                 raise FileNotFoundError(
-                    f"data='cifar10' was not downloaded before and path is not given: {KNOWN[data]['source']}"
+                    f"data={data!r} was not downloaded before and path is not given: {KNOWN[data]['source']}"
                 )
-            download_cifar10(path)
+            fetch(data, path)
     if path is None or not expand(path).exists():
         raise FileNotFoundError(f"data='{data}', path={path}: not there. {KNOWN[data]['source']}")
-    return expand(path)
+    return idx_folder(data, expand(path)) if "class_names" in KNOWN[data] else expand(path)
 
 
 def find_unnamed(data, path) -> Path:
@@ -259,8 +315,8 @@ def check_options(data, path, size, channels, on_error, labels, download, shape,
         raise ValueError(f"classes={classes}, labels=False: drop one of them")
     if shape is not None and (not isinstance(shape, (tuple, list)) or len(shape) != 3):
         raise ValueError(f"shape={shape}: must be (C, H, W), or None")
-    if download and data != "cifar10":
-        raise ValueError(f"download=True: only cifar10 can be downloaded, not {data}")
+    if download and data not in CAN_FETCH:
+        raise ValueError(f"download=True: only {', '.join(CAN_FETCH)} can be downloaded, not {data}")
     if data == "digits" and (path or size or channels):
         raise ValueError(
             f"path={path}, size={size}, channels={channels}: digits are 8x8, grey and part of "
@@ -392,17 +448,17 @@ def load(
     shape: tuple | None = None,
     classes: int | None = None,
 ) -> Images:
-    """A data set by name (digits, cifar10, imagenet64), or the path of images, as `Images` on the CPU.
+    """A data set by name (digits, or one of `KNOWN`), or the path of images, as `Images` on the CPU.
 
-    data: a path names a folder, a .zip, a .tar (compressed or not), or samples in an .npz file.
-    path: where a named data set lies.
+    data: a path names a folder, a .zip, a .tar (compressed or not), samples in an .npz file, or an idx file.
+    path: where a named data set lies; of MNIST's kind, one images file gives the images in that file.
     size, channels: make every image size x size, with 1 or 3 channels; without them all must agree.
     shape: (C, H, W) that they must have; the first image that has not stops.
     cache: folder of the decoded copies (`cache_folder`).
     on_error: "stop" at the first bad image, or "skip" and list them in `.skipped`.
     labels: True insists on classes, False drops them, None takes them where they are clear.
     classes: insist on so many.
-    download: allow CIFAR-10 to be fetched.
+    download: allow MNIST, Fashion-MNIST or CIFAR-10 to be fetched.
     Warns of what could be meant otherwise; `Images.summary` tells how it was understood.
     Raises `FileNotFoundError`, `ValueError` (bad option, bad data) or `OSError` (no network).
     """
@@ -411,7 +467,8 @@ def load(
     if data == "digits":
         return load_digits(labels, classes)
     where = find_path(data, path, cache_folder(cache), download)
-    source = open_source(where, size, channels, expected, on_error)
+    class_names = KNOWN[data].get("class_names") if data in KNOWN else None
+    source = open_source(where, size, channels, expected, on_error, class_names)
     source, with_classes = resolve_classes(source, data, labels, classes, on_error)
     for doubt in (*source.image_doubts, *source.class_doubts):
         warnings.warn(f"{where}: {doubt}")

@@ -46,6 +46,7 @@ from dddm.sampling import (
     ddim,
     draws,
     iterate,
+    meanflow,
     number_format,
     renoise,
     sampling_dtype,
@@ -188,6 +189,8 @@ def advance(subject: Subject, seed: int, rows, before: KeptImages, steps: int, t
             x = renoise(model, x_T, steps, fresh, label, x0)
         elif subject.sampler == "ddim":
             x = ddim(model, x_T, steps, label, x0)
+        elif subject.sampler == "meanflow":
+            x = meanflow(model, x_T, steps, label)
         else:
             raise ValueError(f"sampler={subject.sampler!r}: evaluation does not know how it goes on")
     tick(len(rows) * steps)
@@ -269,7 +272,7 @@ class Samples:
         return self.n * (max(left) - (reached if reached <= min(left) else 0))
 
 # %% ../nbs/11b_evaluation.ipynb #11b-evaluation-012
-EXTRACTORS = {**{name: name for name in FEATURES}, "cifar10": "cifar"}  # by data; all other data: "inception"
+EXTRACTORS = {about["images"]: name for name, about in FEATURES.items()}  # by data; all other: "inception"
 METRICS = ("fd", "precision", "recall", "diversity", "mean shift")
 
 

@@ -51,7 +51,7 @@ def log_steps(last: int = 1000, count: int = 80) -> list[int]:
     return sorted({0, *spaced, *(s for s in round_numbers if s <= last)})
 
 # %% ../nbs/13_explore.ipynb #13-explore-017
-LONGEST = dict(iterate=1000, ddim=100, renoise=100)  # sampler: the most steps that are shown
+LONGEST = dict(iterate=1000, ddim=100, renoise=100, meanflow=100)  # sampler: the most steps that are shown
 
 
 def own_sampler(model) -> str:
@@ -587,7 +587,8 @@ class StepExplorer(Explorer):
         return self
 
 # %% ../nbs/13_explore.ipynb #13-explore-033
-IN_WORDS = dict(iterate="", ddim=" of DDIM", renoise=" of re-noising")  # sampler: how it is named
+# sampler: how it is named
+IN_WORDS = dict(iterate="", ddim=" of DDIM", renoise=" of re-noising", meanflow=" along the flow")
 
 
 @patch

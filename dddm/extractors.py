@@ -101,7 +101,7 @@ def sha256(path) -> str:
 
 def weights_file(which: str, weights=None) -> Path:
     "`published_file` with the weights of a network of `PUBLISHED`."
-    shipped = "an extractor that ships with dddm: 'digits' or 'cifar'"
+    shipped = f"an extractor that ships with dddm, if its shape is yours: {', '.join(FEATURES)}"
     return published_file(PUBLISHED[which].url, weights, f"extractor={which!r}", shipped)
 
 # %% ../nbs/10_extractors.ipynb #10-extractors-011
@@ -109,8 +109,8 @@ def weights_file(which: str, weights=None) -> Path:
 def net_extractor() -> type:
     """The class of a network as torch-fidelity wants it: `net_extractor()(name, features_list, net)`.
 
-    net: takes floats in [-1, 1]; None for the network that dddm-digits or dddm-cifar names.
-    The first call registers the class under these two names.
+    net: takes floats in [-1, 1]; None for the network that dddm-digits, dddm-cifar or dddm-mnist names.
+    The first call registers the class under these names.
     """
     from torch_fidelity import FeatureExtractorBase, register_feature_extractor
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
@@ -244,9 +244,9 @@ def published_extractor(which: str, weights, device) -> Extractor:
 def load_extractor(which="digits", weights=None, device=None, name: str | None = None) -> Extractor:
     """The feature network `which`, ready for use.
 
-    which: "inception" or "vgg16" (downloaded, or from the file `weights`); "digits" or "cifar" (they ship
-    with dddm); or a module that takes floats [B, C, H, W] in [-1, 1] to features [B, D], by `.features` if it
-    has that, else by its call.
+    which: "inception" or "vgg16" (downloaded, or from the file `weights`); "digits", "cifar" or
+    "mnist" (they ship with dddm); or a module that takes floats [B, C, H, W] in [-1, 1] to features [B, D],
+    by `.features` if it has that, else by its call.
     name: what a module's results call it.
     device: None takes CUDA where there is one.
     Raises `FileNotFoundError`, `ValueError`, before any image is read.

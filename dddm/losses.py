@@ -84,13 +84,27 @@ class PixelDistance(nn.Module):
         check_pair(x, y)
         return self.reduce((x.float() - y.detach().float()).flatten(1))
 
+# %% ../nbs/04_losses.ipynb #04-losses-021c
+def low_power(c: float, power: float) -> PixelDistance:
+    r"""$(\|x-y\|_2^2 + c^2)^{power} - c^{2\,power}$, for which c > 0."""
+    if isinstance(power, bool) or not isinstance(power, numbers.Real) or not 0 < power <= 1:
+        raise ValueError(f"power={power!r}: expected a number in (0, 1], such as 0.25")
+    if c <= 0:
+        raise ValueError(f"c={c}, power={power}: another power than 0.5 needs c > 0, such as 0.03 sqrt(D)")
+    return PixelDistance(lambda e: c ** (2 * power) * torch.expm1(power * torch.log1p(squared_l2(e) / c**2)))
+
 # %% ../nbs/04_losses.ipynb #04-losses-021b
-def pseudo_huber(c: float = 0.0, elementwise: bool = False) -> PixelDistance:
+def pseudo_huber(c: float = 0.0, elementwise: bool = False, power: float = 0.5) -> PixelDistance:
     r"""$\sqrt{\|x-y\|_2^2 + c^2} - c$ (Song & Dhariwal 2023), the l2 norm at c = 0.
 
     elementwise: take the published code's $\frac1D\sum_i(\sqrt{(x_i-y_i)^2 + c^2} - c)$ instead.
     That is the mean absolute error at c = 0.
+    power: in place of the square root, in (0, 1]. Another than 1/2 needs c > 0; else `ValueError`.
     """
+    if power != 0.5:
+        if elementwise:
+            raise ValueError(f"elementwise=True, power={power}: give one of them")
+        return low_power(c, power)
     if elementwise:
         return PixelDistance(lambda e: pseudo(e.abs(), c).mean(1))
     return PixelDistance(lambda e: pseudo(l2(e), c))
@@ -324,7 +338,7 @@ DISTANCES = {  # name: (what builds it, its options)
     "l1": (lambda: PixelDistance(l1), ()),
     "l2": (lambda: PixelDistance(l2), ()),
     "squared_l2": (lambda: PixelDistance(squared_l2), ()),
-    "pseudo_huber": (pseudo_huber, ("elementwise",)),
+    "pseudo_huber": (pseudo_huber, ("elementwise", "power")),
     "lpips": (PerceptualDistance, PERCEPTUAL),
     "pseudo_lpips": (pseudo_lpips, ("square", *PERCEPTUAL)),
 }
@@ -338,8 +352,8 @@ def distance(name: str, c: float = 0.0, **options) -> nn.Module:
 
     name: l1, l2, squared_l2 (norms of the flattened difference), pseudo_huber, lpips, or pseudo_lpips,
     equation (7). c >= 0: constant of the two pseudo distances.
-    options: `elementwise` for pseudo_huber; `net`, `resize`, `weights` and `features` for lpips and
-    pseudo_lpips, see `PerceptualDistance`; `square` for pseudo_lpips.
+    options: `elementwise` and `power` for pseudo_huber; `net`, `resize`, `weights` and `features` for lpips
+    and pseudo_lpips, see `PerceptualDistance`; `square` for pseudo_lpips.
 
     Raises `ValueError` on names, options or c that do not exist, and `FileNotFoundError` on missing weights;
     when called, `ValueError` on shapes that differ. Values are not examined, since that would stall a GPU at

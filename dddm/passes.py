@@ -40,7 +40,7 @@ def step_dtype(config: TrainConfig, device) -> torch.dtype:
     """The number format of a training step's products: torch.bfloat16 or torch.float32.
 
     precision="auto" is bfloat16 on a GPU that has it, unless the objective takes differences of answers that
-    nearly agree (`Objective.levels`). Raises `ValueError` where bfloat16 is asked of a GPU without it.
+    nearly agree (`Objective.draws`). Raises `ValueError` where bfloat16 is asked of a GPU without it.
     """
     able = has_bfloat16(device)
     if config.precision == "bfloat16" and device.type == "cuda" and not able:
@@ -49,7 +49,7 @@ def step_dtype(config: TrainConfig, device) -> torch.dtype:
             "take 'float32' or 'auto'"
         )
     if config.precision == "auto":
-        return torch.bfloat16 if able and not OBJECTIVES[config.objective].levels else torch.float32
+        return torch.bfloat16 if able and not OBJECTIVES[config.objective].draws else torch.float32
     return getattr(torch, config.precision)
 
 
@@ -302,21 +302,26 @@ class Pass(NamedTuple):
     rows: torch.Tensor | None  # [B, C, H, W]: new estimates for the store, as shown
     t: torch.Tensor  # long [B]: the times that were drawn
 
+    def first(self, n: int) -> "Pass":
+        "That of the first n samples alone, where the others count for nothing."
+        rows = None if self.rows is None else self.rows[:n]
+        return Pass(self.loss, self.values[:n], rows, self.t[:n])
+
 
 def run_pass(run: Run, index: torch.Tensor, draws: dict, compiled: bool | None = None) -> Pass:
     """The objective of this rank's samples `index` (long [B], on the CPU) with their draws, each [B, …].
 
     compiled: None is the run's choice.
     """
-    c, n = run.config, len(index)
+    c = run.config
     compiled = run.compiled if compiled is None else compiled
     batch = make_batch(run, index, draws)
-    whole, keep = padded(batch, run.micro_batch) if compiled else (batch, None)
+    filled = fill_up(batch, run.micro_batch) if compiled else Filled(batch, None)
     compute = run.compute if compiled else pass_value
     objective, estimate = OBJECTIVES[c.objective], estimate_of(c.objective, c.estimate)
     with torch.autocast(run.device.type, run.dtype, enabled=run.dtype != torch.float32):
-        loss, values, rows = compute(objective.loss, run.model, run.d, whole, estimate, keep)
-    return Pass(loss, values[:n], None if rows is None else rows[:n], batch.t)
+        done = compute(objective.loss, run.model, run.d, filled.batch, estimate, filled.keep)
+    return done.first(len(index))
 
 # %% ../nbs/09b_passes.ipynb #09b-passes-018-part0
 def make_batch(run: Run, index: torch.Tensor, draws: dict) -> Batch:
@@ -337,36 +342,42 @@ def make_batch(run: Run, index: torch.Tensor, draws: dict) -> Batch:
         label=label if c.classes else None,
         progress=run.done / run.steps,
         epoch=run.epoch,
+        derivative=c.derivative,
+        guidance=c.guidance,
+        label_dropout=c.label_dropout,
         **draws,
     )
     prepare = OBJECTIVES[c.objective].prepare
     return prepare(batch, run.model.schedule, c.levels, c.level_distribution)
 
 # %% ../nbs/09b_passes.ipynb #09b-passes-018-part1
-def padded(batch: Batch, size: int) -> tuple[Batch, torch.Tensor]:
-    """`batch` with `size` rows, its last one again where it has fewer.
+class Filled(NamedTuple):
+    "A batch, perhaps filled up."
 
-    And keep [size]: 1 where a row counts, 0 where it fills up.
-    """
+    batch: Batch
+    keep: torch.Tensor | None  # [B]: 1 where a row counts, 0 where it fills up; None: all count
+
+
+def fill_up(batch: Batch, size: int) -> Filled:
+    "`batch` with `size` rows, its last one again where it has fewer."
     n = len(batch.x0)
     place = torch.arange(size, device=batch.x0.device)
     keep = (place < n).float()
     if n == size:
-        return batch, keep
+        return Filled(batch, keep)
     rows = lambda v: v[place.clamp(max=n - 1)] if torch.is_tensor(v) and v.ndim else v
-    return dataclasses.replace(batch, **{k: rows(v) for k, v in vars(batch).items()}), keep
+    return Filled(dataclasses.replace(batch, **{k: rows(v) for k, v in vars(batch).items()}), keep)
 
 
-def pass_value(loss, model, d, batch: Batch, estimate: str, keep: torch.Tensor | None):
-    """The sum of the objective's values, the values [B], and the rows for the store or None.
+def pass_value(loss, model, d, batch: Batch, estimate: str, keep: torch.Tensor | None) -> Pass:
+    """What the objective gives of a batch, as it was filled up.
 
-    loss: of `Objective`; keep: [B], 1 for a row that counts and 0 for one that fills up, or None.
-    Compiled, this is the one graph.
+    loss: of `Objective`; keep: of `Filled`. Compiled, this is the one graph.
     """
     value, row = loss(model, d, batch, estimate)
     if keep is not None:
         value = value * keep
-    return value.sum(), value.detach(), row
+    return Pass(value.sum(), value.detach(), row, batch.t)
 
 
 def set_dropout(run: Run, seed: int) -> None:

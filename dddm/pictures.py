@@ -122,5 +122,6 @@ PALETTE = {  # objective: its colour, in every figure
     "published_code": COLOURS["orange"],
     "consistency": COLOURS["blue"],
     "improved_consistency": COLOURS["purple"],
+    "meanflow": COLOURS["green"],
     "regression": COLOURS["black"],
 }

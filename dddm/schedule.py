@@ -98,6 +98,15 @@ class VPSchedule:
         t = self.check_t(t, len(like)).to(like.device)
         return tuple(v[t].reshape(-1, *[1] * (like.ndim - 1)) for v in self.tables(like))
 
+    def angle(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        r"""$\theta_t = \arctan\sigma_t$ at `t` [B], where $\sigma_t$ is noise over signal: [B], in [0, π/2).
+
+        $\cos\theta_t = \sqrt{\bar\alpha_t}$ and $\sin\theta_t = \sqrt{1-\bar\alpha_t}$. The dtype
+        and the device are those of `like`.
+        """
+        signal, noise = self.signal_noise(t, like)
+        return torch.atan2(noise, signal).flatten()
+
     def diffuse(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         r"""Noise the samples up to time t in one jump: a draw from $q(x_t \mid x_0)$ (paper 2.1).
 

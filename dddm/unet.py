@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .checks import refuse_unknown
+
 # %% ../nbs/05_unet.ipynb #05-unet-005
 class GroupNorm(nn.GroupNorm):
     """torch's GroupNorm; in a compiled graph by elementary operations.
@@ -71,23 +73,36 @@ def full_precision(x: torch.Tensor):
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-class Embedding(nn.Module):
-    """The vector that tells every block the time and the label.
+TIMES = ("step", "angle", "interval")
 
-    forward(t [B], label [B] or None) -> float32 [B, width], under autocast too.
-    base: channels of the sinusoid; width: of the result; classes: how many labels, or None.
+
+class Embedding(nn.Module):
+    r"""The vector that tells every block the time and the label.
+
+    forward(t [B], label [B] or None, span [B] or None) -> float32 [B, width], under autocast too.
+    base: channels of each sinusoid; width: of the result; classes: how many labels, or None.
+    told: how the time is told, one of `TIMES`. "step": t is its number. "angle": t is $\theta$ in [0, π/2].
+    "interval": that, and the angle `span` of an interval that ends there. A label of -1 is no label.
     """
 
-    def __init__(self, base: int, width: int, classes: int | None):
+    def __init__(self, base: int, width: int, classes: int | None, told: str = "step"):
         super().__init__()
         self.base = base
+        # the shortest and the longest wavelength, in numbers of steps or in radians
+        self.waves = (2 * math.pi, 2e4 * math.pi) if told == "step" else (math.pi / 4, 25 * math.pi)
         self.time = nn.Sequential(nn.Linear(base, width), nn.SiLU(), nn.Linear(width, width))
         self.label = None if classes is None else nn.Embedding(classes, width)
+        if told == "interval":
+            self.span = nn.Sequential(nn.Linear(base, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, t: torch.Tensor, label: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, t: torch.Tensor, label: torch.Tensor | None, span: torch.Tensor | None = None):
         with full_precision(t):
-            e = self.time(sinusoid(t, self.base, 2 * math.pi, 2e4 * math.pi))
-            return F.silu(e if label is None else e + self.label(label))
+            e = self.time(sinusoid(t, self.base, *self.waves))
+            if span is not None:
+                e = e + self.span(sinusoid(span, self.base, *self.waves))
+            if label is not None:
+                e = e + self.label(label.clamp(min=0)) * (label >= 0)[:, None]
+            return F.silu(e)
 
 # %% ../nbs/05_unet.ipynb #05-unet-015c
 def mix(x: torch.Tensor) -> torch.Tensor:
@@ -241,25 +256,37 @@ class CrossAttention(nn.Module):
 
     The estimate [B, image_channels, R, R] is cut into size² patches $e$ without loss.
     $q = W_q\,\mathrm{GN}(h) + g p$ and $k = W_k e + g p$ with $p$ the 2-D code of the place
-    and $g$ a gain per head.
+    and $g$ a gain per head. With positions=False there is no $g p$: a set of patches is seen.
     forward(h [B, C, size, size], estimate) -> like h.
     """
 
     def __init__(
-        self, channels: int, size: int, image_channels: int, patch: int, head_channels: int, groups: int
+        self,
+        channels: int,
+        size: int,
+        image_channels: int,
+        patch: int,
+        head_channels: int,
+        groups: int,
+        positions: bool = True,
     ):
         super().__init__()
         self.patch, self.heads = patch, count_heads(channels, head_channels)
         self.norm = group_norm(channels, groups)
         self.q, self.kv = nn.Linear(channels, channels), nn.Linear(image_channels * patch**2, 2 * channels)
-        self.gain, self.out = nn.Parameter(torch.ones(self.heads, 1, 1)), zero(nn.Linear(channels, channels))
-        self.register_buffer("position", grid_positions(size, channels // self.heads), persistent=False)
+        self.out = zero(nn.Linear(channels, channels))
+        self.gain = nn.Parameter(torch.ones(self.heads, 1, 1)) if positions else None
+        if positions:
+            code = grid_positions(size, channels // self.heads)
+            self.register_buffer("position", code, persistent=False)
 
     def queries_keys_values(self, h: torch.Tensor, estimate: torch.Tensor):
-        "Each [B, heads, size², d]."
-        patches = to_tokens(F.pixel_unshuffle(estimate, self.patch))  # [B, size², image_channels·patch²]
+        "q [B, heads, size², d]; k and v [B, heads, patches, d]."
+        patches = to_tokens(F.pixel_unshuffle(estimate, self.patch))  # [B, patches, image_channels·patch²]
         q = self.q(to_tokens(self.norm(h.float()))).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(patches).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.gain is None:
+            return q, k, v
         place = (self.gain * self.position).to(q.dtype)  # [heads, size², d]
         return q + place, k + place, v
 
@@ -267,18 +294,61 @@ class CrossAttention(nn.Module):
         found = self.out(attend(*self.queries_keys_values(h, estimate)))  # [B, size², C]
         return h + found.transpose(1, 2).unflatten(2, h.shape[2:])
 
+# %% ../nbs/05_unet.ipynb #05-unet-034c
+class FeedForward(nn.Module):
+    r"""Each place by itself: $h + W\,(a \odot \mathrm{gelu}(b))$ with $(a, b)$ linear in $\mathrm{GN}(h)$.
+
+    a and b have 4C channels (Shazeer 2020, arXiv 2002.05202). forward(h [B, C, H, W]) -> like h.
+    """
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm, self.inner = group_norm(channels, groups), nn.Conv2d(channels, 8 * channels, 1)
+        self.out = zero(nn.Conv2d(4 * channels, channels, 1))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        a, b = self.inner(self.norm(h.float())).chunk(2, 1)
+        return h + self.out(a * F.gelu(b))
+
+
+class Transformer(nn.Module):
+    """The published block: self-attention, cross-attention and feed-forward, all at `width` channels.
+
+    The estimate [B, image_channels, R, R] is seen as a set of pixels, without their places.
+    forward(h [B, C, H, W], estimate) -> like h.
+    """
+
+    def __init__(self, channels: int, width: int, image_channels: int, head_channels: int, groups: int):
+        super().__init__()
+        self.norm, self.inward = group_norm(channels, groups), nn.Conv2d(channels, width, 1)
+        self.tokens = nn.Conv2d(image_channels, width, 1)
+        self.self_attention = SelfAttention(width, head_channels, groups)
+        self.cross_attention = CrossAttention(width, 0, width, 1, head_channels, groups, positions=False)
+        self.feed_forward = FeedForward(width, groups)
+        self.outward = zero(nn.Conv2d(width, channels, 1))
+
+    def forward(self, h: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
+        inner = self.self_attention(self.inward(self.norm(h.float())))
+        inner = self.feed_forward(self.cross_attention(inner, self.tokens(estimate)))
+        return h + self.outward(inner)
+
 # %% ../nbs/05_unet.ipynb #05-unet-036
 class Block(nn.Module):
-    """A residual block, then self-attention and cross-attention where asked for.
+    """A residual block, then self-attention and cross-attention, or a transformer, where asked for.
 
     forward(h, embedding, estimate) -> [B, out_channels, H, W].
     """
 
     def __init__(
-        self, residual: ResBlock, self_attention: SelfAttention | None, cross_attention: CrossAttention | None
+        self,
+        residual: ResBlock,
+        self_attention: SelfAttention | None = None,
+        cross_attention: CrossAttention | None = None,
+        transformer: Transformer | None = None,
     ):
         super().__init__()
         self.residual, self.self_attention, self.cross_attention = residual, self_attention, cross_attention
+        self.transformer = transformer
 
     def forward(self, h: torch.Tensor, embedding: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
         h = self.residual(h, embedding)
@@ -286,7 +356,7 @@ class Block(nn.Module):
             h = self.self_attention(h)
         if self.cross_attention is not None:
             h = self.cross_attention(h, estimate)
-        return h
+        return h if self.transformer is None else self.transformer(h, estimate)
 
 
 class Stage(nn.Module):
@@ -299,14 +369,20 @@ class Stage(nn.Module):
 
 
 def build_block(config: dict, i: int, c_in: int, first: bool, attends: bool) -> Block:
-    """A block of stage i for `c_in` channels; `attends`: with self-attention.
+    """A block of stage i for `c_in` channels; `attends`: with self-attention, or the published block.
 
     The `first` block of a stage reads the estimate, where `config` names that resolution.
     """
     shape, base, width, groups = (config[k] for k in ("shape", "base", "head_channels", "groups"))
     size, c_out, cross = shape[1] >> i, base * config["multipliers"][i], None
+    if config["transformer"]:
+        residual = ResBlock(c_in, c_out, 4 * base, config["dropout"], groups)
+        whole = Transformer(c_out, 4 * base, shape[0], width, groups) if attends else None
+        return Block(residual, transformer=whole)
     if first and size in config["estimate"]:
-        cross = CrossAttention(c_out, size, shape[0], shape[1] // size, width, groups)
+        positions = config["estimate_positions"]
+        patch = shape[1] // size if positions else 1  # a patch would tell places; a pixel does not
+        cross = CrossAttention(c_out, size, shape[0], patch, width, groups, positions)
     residual = ResBlock(c_in, c_out, 4 * base, config["dropout"], groups)
     return Block(residual, SelfAttention(c_out, width, groups) if attends else None, cross)
 
@@ -320,7 +396,19 @@ def build_stage(config: dict, i: int, inputs: list[int], up: bool) -> Stage:
 
 # %% ../nbs/05_unet.ipynb #05-unet-038
 def check_config(
-    shape, base, multipliers, blocks, dropout, attention, estimate, classes, head_channels, groups
+    shape,
+    base,
+    multipliers,
+    blocks,
+    dropout,
+    attention,
+    estimate,
+    classes,
+    head_channels,
+    groups,
+    estimate_positions,
+    transformer,
+    time,
 ) -> None:
     "Raise `ValueError` naming the first argument of `UNet` that does not fit, with what would."
     if len(shape) != 3 or min(shape) < 1 or shape[1] != shape[2]:
@@ -347,16 +435,31 @@ def check_config(
         isinstance(classes, bool) or not isinstance(classes, numbers.Integral) or classes < 1
     ):
         raise ValueError(f"classes={classes}: need an integer >= 1, or None for an unconditional network")
+    refuse_unknown("time", time, TIMES)
     has = [shape[1] >> i for i in range(len(multipliers))]
     for name, v in (("attention", attention), ("estimate", estimate)):
         if set(v) - set(has):
             raise ValueError(
                 f"{name}={v}: no stage has resolution {sorted(set(v) - set(has))}; this network has {has}"
             )
+    for name, v in (("estimate_positions", estimate_positions), ("transformer", transformer)):
+        if not isinstance(v, bool):
+            raise ValueError(f"{name}={v!r}: need True or False")
+    if transformer and (estimate_positions or set(attention) != set(estimate)):
+        raise ValueError(
+            f"transformer=True with estimate_positions={estimate_positions}, attention={attention} and "
+            f"estimate={estimate}: the published block knows no positions, and reads the estimate at every "
+            "resolution that it attends to; set estimate_positions=False, and estimate like attention"
+        )
 
 # %% ../nbs/05_unet.ipynb #05-unet-040
 def check_call(
-    net, x_t: torch.Tensor, t: torch.Tensor, x0_estimate: torch.Tensor, label: torch.Tensor | None
+    net,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    x0_estimate: torch.Tensor,
+    label: torch.Tensor | None,
+    span: torch.Tensor | None = None,
 ) -> None:
     """Raise `ValueError` on inputs that `net` cannot take.
 
@@ -368,12 +471,17 @@ def check_call(
         raise ValueError(
             f"x0_estimate has shape {tuple(x0_estimate.shape)}; expected that of x_t, {tuple(x_t.shape)}"
         )
-    for name, v in (("t", t), ("label", label)):
+    told = net.config["time"]
+    if (span is None) == (told == "interval"):
+        raise ValueError(f"span={span}: a network with time={told!r} takes one only for 'interval'")
+    for name, v, floats in (("t", t, told != "step"), ("span", span, True), ("label", label, False)):
         if v is None:
             continue
-        if v.shape != x_t.shape[:1] or v.dtype not in (torch.int64, torch.int32):
+        kinds = (torch.float32, torch.float64) if floats else (torch.int64, torch.int32)
+        if v.shape != x_t.shape[:1] or v.dtype not in kinds:
             raise ValueError(
-                f"{name} is {v.dtype} {tuple(v.shape)}; expected integers ({len(x_t)},), one for each sample"
+                f"{name} is {v.dtype} {tuple(v.shape)}; expected {'floats' if floats else 'integers'} "
+                f"({len(x_t)},), one for each sample"
             )
     if label is None and net.classes is not None:
         raise ValueError(
@@ -386,7 +494,7 @@ def check_call(
             "leave label=None, or build it with classes=…"
         )
     if label is not None and label.device.type == "cpu" and not torch.compiler.is_compiling() and len(label):
-        if label.min() < 0 or label.max() >= net.classes:
+        if label.min() < -1 or label.max() >= net.classes:
             raise ValueError(
                 f"label ranges over {label.min().item()}..{label.max().item()}; "
                 f"it must stay in 0..{net.classes - 1}"
@@ -399,7 +507,10 @@ class UNet(nn.Module):
     shape: (C, R, R) of one image. base: channels of the first stage, times `multipliers` in each stage.
     blocks: residual blocks a stage. attention, estimate: the resolutions with self-attention, and with
     cross-attention to the estimate. classes: how many labels, None for an unconditional network.
-    head_channels: width of an attention head. groups: at most so many in a normalisation.
+    head_channels: width of an attention head. groups: at most so many in a normalisation. time: how the time
+    is told, one of `TIMES`: "step", its number; "angle"; "interval", an angle and the span that ends there.
+    estimate_positions: whether the attention knows the places of the estimate's patches; False: a set of
+    pixels, as in the published code. transformer: the published block at the attended resolutions.
 
     Fresh weights give F = 0, so $f_\theta = x_t$. The arguments are kept in `config`: `UNet(**net.config)` is
     the same network. The attribute `recompute` (False): in training keep each block's input alone, and
@@ -418,6 +529,9 @@ class UNet(nn.Module):
         classes: int | None = None,
         head_channels: int = 64,
         groups: int = 32,
+        estimate_positions: bool = True,
+        transformer: bool = False,
+        time: str = "step",
     ):
         super().__init__()
         self.config = dict(
@@ -431,6 +545,9 @@ class UNet(nn.Module):
             classes=classes,
             head_channels=head_channels,
             groups=groups,
+            estimate_positions=estimate_positions,
+            transformer=transformer,
+            time=time,
         )
         check_config(**self.config)
         self.shape, self.classes, self.recompute = tuple(shape), classes, False
@@ -441,7 +558,7 @@ class UNet(nn.Module):
         shape, base, blocks, groups = (self.config[k] for k in ("shape", "base", "blocks", "groups"))
         channels = [base * m for m in self.config["multipliers"]]
         last = len(channels) - 1
-        self.embedding = Embedding(base, 4 * base, self.classes)
+        self.embedding = Embedding(base, 4 * base, self.classes, self.config["time"])
         self.stem = nn.Conv2d(shape[0], base, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         c, skips = base, [base]  # channels of the signal, and of each activation kept for the way up
@@ -459,15 +576,14 @@ class UNet(nn.Module):
         for number, m in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
             m.number = number
 
-    def forward(
-        self, x_t: torch.Tensor, t: torch.Tensor, x0_estimate: torch.Tensor, label: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """F_θ, shaped like x_t. x_t, x0_estimate [B, C, R, R]; t long [B] in 0..T.
+    def forward(self, x_t, t, x0_estimate, label=None, span=None) -> torch.Tensor:
+        """F_θ, shaped like x_t. x_t, x0_estimate [B, C, R, R]; t [B], as `time` says: long 0..T, or an angle.
 
-        label: long [B] in 0..classes-1; None in an unconditional network. `ValueError` on what does not fit.
+        label: long [B] in 0..classes-1, or -1 for none; None in an unconditional network. span: [B], for
+        time="interval". `ValueError` on what does not fit.
         """
-        check_call(self, x_t, t, x0_estimate, label)
-        e, estimate = self.embedding(t, label), x0_estimate
+        check_call(self, x_t, t, x0_estimate, label, span)
+        e, estimate = self.embedding(t, label, span), x0_estimate
         call = lambda block, *inputs: block(*inputs)
         if self.recompute and torch.is_grad_enabled():
             call = partial(checkpoint, use_reentrant=False)
@@ -503,5 +619,12 @@ def describe(net: UNet) -> dict[str, int]:
         name: sum(p.numel() for m in net.modules() if isinstance(m, kind) for p in m.parameters())
         for name, kind in kinds.items()
     }
+    inside = (SelfAttention, CrossAttention)
+    count["rest of transformers"] = sum(
+        sum(p.numel() for p in m.parameters())
+        - sum(p.numel() for part in m.children() if isinstance(part, inside) for p in part.parameters())
+        for m in net.modules()
+        if isinstance(m, Transformer)
+    )
     total = sum(p.numel() for p in net.parameters())
     return {**count, "stem and head": total - sum(count.values()), "total": total}

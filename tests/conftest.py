@@ -30,6 +30,17 @@ def cifar10_copy():
     return folder
 
 
+@pytest.fixture(scope="session")
+def mnist_root():
+    "torchvision's folder with the official files of MNIST, or a skip that says how to give one."
+    folder = pathlib.Path(os.environ.get("DDDM_MNIST", ROOT.parent / "shared" / "data"))
+    if not list(folder.glob("MNIST/raw/train-images-idx3-ubyte*")):
+        pytest.skip(
+            f"no MNIST/raw/train-images-idx3-ubyte in {folder}; set DDDM_MNIST to a folder that has it"
+        )
+    return folder
+
+
 @pytest.fixture
 def pixel_cache(tmp_path, monkeypatch):
     "A cache folder for decoded images of this test alone."

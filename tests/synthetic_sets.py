@@ -1,5 +1,6 @@
 "Small data sets in every form, made for the tests of the rooms from `decoding` to `data`."
 
+import gzip
 import io
 import json
 import pickle
@@ -49,6 +50,24 @@ def make_cifar(root, per_batch=4, labels=lambda i: i % 10):
     (base / "test_batch").write_bytes(pickle.dumps({"data": rows, "labels": label}, protocol=2))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": CIFAR10}, protocol=2))
     return np.concatenate(pixels), marks
+
+
+def idx(array):
+    "An array of bytes as an idx file."
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def make_mnist(root, name="MNIST", count=20, packed=True, labels=lambda i: i % 10):
+    "torchvision's folder with idx files, packed or not; returns the training set's pixels and labels."
+    raw, rng = root / name / "raw", np.random.default_rng(2)
+    raw.mkdir(parents=True)
+    for split, n in ("t10k", count // 2), ("train", count):
+        pixels = rng.integers(0, 256, (n, 28, 28), np.uint8)
+        marks = np.array([labels(i) for i in range(n)], np.uint8)
+        for kind, array in ("images-idx3", pixels), ("labels-idx1", marks):
+            content = gzip.compress(idx(array)) if packed else idx(array)
+            (raw / f"{split}-{kind}-ubyte{'.gz' * packed}").write_bytes(content)
+    return pixels, marks.tolist()
 
 
 def make_imagenet(root, per_batch=3):

@@ -1,6 +1,7 @@
-"The computed floors and the comparison with other libraries, in the benchmark notebook."
+"The computed floors and the comparison with other libraries: the room `costs` and the job `benchmark`."
 
 import json
+import sys
 
 import nbformat
 import pytest
@@ -8,25 +9,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dddm.config import build
+from dddm.costs import (
+    Network,
+    equal_networks,
+    find_peers,
+    in_turns,
+    objective_operations,
+    size_of,
+    training_floor,
+)
 from dddm.passes import checkpoint_bytes
 from dddm.presets import preset
 from dddm.training import start_run
-
-
-@pytest.fixture(scope="module")
-def cells(request):
-    "Sources and outputs of the notebook's code cells."
-    path = request.config.rootpath / "nbs" / "benchmark.ipynb"
-    return [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
-
-
-@pytest.fixture(scope="module")
-def names(cells):
-    "What the notebook's imports and the cell that computes the floors define."
-    found = {}
-    for start in ("import gc", "RATE = "):
-        exec(next(c.source for c in cells if c.source.startswith(start)), found)
-    return found
 
 
 def network_flops(name):
@@ -41,45 +35,81 @@ def network_flops(name):
 
 
 @pytest.mark.parametrize(
-    "name, gflop, seconds, hours",
-    [
-        ("cifar10", 47.7, (0.172, 0.121), (2.4, 1.7)),
-        ("imagenet64", 494.2, (1.787, 1.251), (331, 232)),
-    ],
+    "name, gflop, hours", [("cifar10", 47.7, (2.4, 1.7)), ("imagenet64", 494.2, (331, 232))]
 )
-def test_floors_of_the_papers_runs(names, name, gflop, seconds, hours):
+def test_floors_of_the_papers_runs(name, gflop, hours):
     "Figures worked out by hand: images x epochs x operations, over the share of 790 TFLOP/s."
-    flops = network_flops(name)
-    found = names["floor"](preset(name), names["parameters"](name), flops)
-    assert flops == pytest.approx(1e9 * gflop, rel=2e-3)
-    assert found["seconds_1000"] == pytest.approx(seconds, rel=5e-3)
-    assert found["hours"] == pytest.approx(hours, rel=2e-2)
+    found = training_floor(preset(name))
+    assert network_flops(name) == pytest.approx(1e9 * gflop, rel=2e-3)
+    assert found.gflop == pytest.approx(gflop, rel=2e-3)
+    assert found.hours == pytest.approx(hours, rel=2e-2)
 
 
 @pytest.mark.parametrize("name, passes", [("digits", 1), ("cifar10-small", 1), ("digits-consistency", 5 / 3)])
-def test_operations_follow_the_passes_of_the_objective(names, name, passes):
+def test_operations_follow_the_passes_of_the_objective(name, passes):
     "A target, and self-conditioning of half a batch on both sides: two more forward passes, a third each."
-    assert names["objective_flops"](name) == pytest.approx(passes * network_flops(name), rel=1e-3)
+    assert objective_operations(preset(name)) == pytest.approx(passes * network_flops(name), rel=1e-3)
 
 
-def test_floor_of_a_checkpoint_is_what_a_run_says(names, tmp_path):
+def test_floor_of_a_checkpoint_is_what_a_run_says(tmp_path):
     run = start_run(preset("digits", device="cpu"), tmp_path / "run")
-    weights = sum(p.numel() for p in run.model.parameters())
-    found = names["floor"](run.config, weights, 1e6)
-    assert found["checkpoint"] == pytest.approx(checkpoint_bytes(run), rel=0.02)
-    assert found["parameters"] == names["parameters"]("digits")
+    found = training_floor(run.config)
+    assert found.checkpoint == pytest.approx(checkpoint_bytes(run), rel=0.02)
+    assert found.parameters == sum(p.numel() for p in run.model.parameters())
 
 
-def test_committed_tables_are_what_the_cells_compute(cells, names):
-    "Presets, parameters and operations in the committed outputs."
-    source = next(c for c in cells if 'results["floors, computed"]' in c.source)
-    text = "".join(o.data.get("text/markdown", "") for c in cells if c is source for o in c.outputs)
-    rows = {line.split("|")[1].strip(" `"): line.split("|")[2:4] for line in text.splitlines()[2:]}
-    assert list(rows) == list(names["FLOOR_PRESETS"])
-    for name, (weights, _) in rows.items():
-        assert float(weights) == pytest.approx(names["parameters"](name) / 1e6, rel=5e-3)
-    for name in ("cifar10", "imagenet64", "cifar10-small", "digits"):
-        assert float(rows[name][1]) == pytest.approx(network_flops(name) / 1e9, rel=5e-3)
+def test_committed_table_is_what_the_room_computes(root):
+    "Parameters and operations of the presets in the job's committed outputs."
+    cells = nbformat.read(root / "nbs" / "benchmark.ipynb", 4).cells
+    outputs = next(c.outputs for c in cells if 'results["floors, computed"]' in c.source)
+    lines = "".join(o.data.get("text/markdown", "") for o in outputs).splitlines()[2:]
+    rows = {line.split("|")[1].strip(" `"): line.split("|")[2:4] for line in lines}
+    assert {"cifar10", "imagenet64", "cifar10-small", "digits"} <= rows.keys()
+    for name, (weights, gflop) in rows.items():
+        with torch.device("meta"):
+            assert float(weights) == pytest.approx(size_of(build(preset(name))) / 1e6, rel=5e-3)
+        if name in ("cifar10", "imagenet64", "cifar10-small", "digits"):  # one pass an image
+            assert float(gflop) == pytest.approx(network_flops(name) / 1e9, rel=5e-3)
+
+
+def test_calls_take_turns_and_the_first_round_is_not_counted():
+    order = []
+    taken = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, rounds=2)
+    assert order == list("ababab") and {name: len(times) for name, times in taken.items()} == dict(a=2, b=2)
+    with pytest.raises(ValueError, match="rounds=0: must be an integer >= 1"):
+        in_turns({}, rounds=0)
+
+
+def test_networks_beside_ours_are_the_nearest_in_size():
+    "A library whose networks have weights in proportion to the square of their width."
+
+    def make(width):
+        return Network(torch.nn.Linear(width, 960 * width, bias=False), None)
+
+    networks = equal_networks(32, dict(another=make))
+    ours, theirs = (size_of(network.module) for network in networks.values())
+    assert list(networks) == ["dddm", "another"]
+    assert abs(theirs - ours) <= min(abs(960 * w**2 - ours) for w in range(16, 48, 2))
+
+
+def test_published_code_is_a_clone_and_its_network_joins_at_its_width(tmp_path, monkeypatch):
+    "Refused before any work where it is none; else built at the width that has about as many weights."
+    with pytest.raises(ValueError, match="published_code=.*has no DDDM/unet.py: give a clone"):
+        find_peers(tmp_path)
+    (tmp_path / "DDDM").mkdir()
+    (tmp_path / "DDDM" / "__init__.py").touch()
+    (tmp_path / "DDDM" / "unet.py").write_text(
+        "import torch\n"
+        "class UNetModel(torch.nn.Linear):\n"
+        "    def __init__(self, in_channels, model_channels, **others):\n"
+        "        super().__init__(in_channels, model_channels)\n"
+    )
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "einops" else None)
+    peers = find_peers(str(tmp_path))
+    assert list(peers) == ["published code"]
+    assert list(equal_networks(64, peers)) == ["dddm"]
+    assert equal_networks(96, peers)["published code"].module.out_features == 64
 
 
 def test_peers_are_of_equal_size_and_named(root):

@@ -40,6 +40,7 @@ KNOWN = [
     ("consistency", "noise"),
     ("consistency", "store"),
     ("improved_consistency", "none"),
+    ("meanflow", "none"),
     ("regression", "none"),
 ]
 

@@ -2,11 +2,20 @@
 
 import urllib.error
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from synthetic_sets import encoded, images, make_cifar, make_folder, make_imagenet, picture, splits, written
+from synthetic_sets import (
+    encoded,
+    images,
+    make_cifar,
+    make_folder,
+    make_imagenet,
+    make_mnist,
+    picture,
+    splits,
+    written,
+)
 
 from dddm import cache as cache_module
 from dddm import data as data_module
@@ -204,24 +213,40 @@ def test_other_files_say_what_they_are(tmp_path, content, said):
         load(tmp_path / "file")
 
 
+DOWNLOADS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}  # torchvision's names
+
+
 def test_no_network(tmp_path, monkeypatch):
     import torchvision.datasets
 
     def offline(*a, **k):
         raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
-    with pytest.raises(OSError, match="could not be downloaded.*path= names"):
-        load("cifar10", download=True)
+    for name, theirs in DOWNLOADS.items():
+        monkeypatch.setattr(torchvision.datasets, theirs, offline)
+        with pytest.raises(OSError, match=f"{name} could not be downloaded.*path= names"):
+            load(name, download=True)
+        with pytest.raises(FileNotFoundError, match=f"data='{name}' was not downloaded before"):
+            load(name)
 
 
-def test_a_download_is_found_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", DOWNLOADS)
+def test_a_download_is_found_again(monkeypatch, name):
     import torchvision.datasets
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, **k: make_cifar(Path(root)))
-    first = load("cifar10", download=True)
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", None)
-    assert load("cifar10").fingerprint == first.fingerprint
+    def fetched(root, train, download):
+        make_cifar(root) if name == "cifar10" else make_mnist(root, DOWNLOADS[name], packed=False)
+
+    monkeypatch.setattr(torchvision.datasets, DOWNLOADS[name], fetched)
+    first = load(name, download=True)
+    monkeypatch.setattr(torchvision.datasets, DOWNLOADS[name], None)
+    assert load(name).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet64", "elsewhere"])
+def test_what_cannot_be_downloaded(name):
+    with pytest.raises(ValueError, match=f"only mnist, fashion-mnist, cifar10 can be downloaded, not {name}"):
+        load(name, download=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])

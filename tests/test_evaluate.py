@@ -16,19 +16,26 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from synthetic_sets import make_mnist
 
 from dddm.config import TrainConfig
 from dddm.data import digits
+from dddm.evaluation import open_evaluation
 from dddm.metrics import check_kind, evaluate
 from dddm.presets import preset
 from dddm.runs import load
 from dddm.sampling import sample
 from dddm.sources import CIFAR10
 from dddm.store import encode, without_checksum
+from dddm.study import Study, chosen_variants, open_inputs
 from dddm.tables import load_results
 from dddm.training import train
 
 SMALL = dict(epochs=1, batch=600, net=dict(base=16, attention=[], estimate=[4]), sample_every=0, device="cpu")
+
+
+def offline(*args):
+    raise OSError("no network")
 
 
 def command(root, output, parameters):
@@ -200,6 +207,30 @@ def test_cifar10_runs_are_judged_by_cifar(root, tmp_path):
         scored["FD-cifar"].reference_n,
         scored["FD-cifar"].extractor,
     ) == (20, 40, "cifar")
+
+
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
+def test_which_network_judges_idx_images(tmp_path, pixel_cache, monkeypatch, name, folder):
+    "MNIST's own judges MNIST, in a study too. Fashion-MNIST has none: Inception, or what a message names."
+    make_mnist(tmp_path, folder, 40)
+    tiny = dict(net=dict(base=8, attention=[], estimate=[14]), epochs=1, batch=20, device="cpu")
+    config = preset("mnist", data=name, data_path=str(tmp_path), sample_every=0, **tiny)
+    run = train(config, tmp_path / "run", progress=False)
+    wanted = dict(steps=[1], n=10, seeds=[0], device="cpu")
+    paper, fields = chosen_variants("objectives", "mnist", ["paper"]), dict(data=name)
+    study = Study(tmp_path, paper, "mnist", data_path=str(tmp_path), overrides=fields)
+    if name == "mnist":
+        test = tmp_path / folder / "raw" / "t10k-images-idx3-ubyte.gz"
+        whole, held_out = open_evaluation([run], **wanted), open_evaluation([run], data=test, **wanted)
+        assert whole.distance == "FD-mnist" and (len(whole.images), len(held_out.images)) == (40, 20)
+        assert open_inputs(study).extractor.name == "mnist"
+        return
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    for opened in (lambda: open_evaluation([run], **wanted), lambda: open_inputs(study)):
+        with pytest.raises(FileNotFoundError, match="extractor='inception' needs.*digits, cifar, mnist"):
+            opened()
+    assert open_evaluation([run], extractor="mnist", **wanted).distance == "FD-mnist"
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
+from synthetic_sets import make_mnist
 from torch import nn
 
 from dddm import data, losses
@@ -42,7 +43,7 @@ def test_shipped_files_are_the_pinned_ones(name):
     )
 
 
-def test_both_files_together_are_small():
+def test_the_files_together_are_small():
     assert sum((WEIGHTS / spec["file"]).stat().st_size for spec in FEATURES.values()) < 3e6
 
 
@@ -54,7 +55,7 @@ def test_a_damaged_file_is_refused(name, damage, tmp_path):
     if damage == "bit":
         blob[len(blob) // 2] ^= 1
     if damage == "exchanged":
-        blob = (WEIGHTS / FEATURES[NAMES[1 - NAMES.index(name)]]["file"]).read_bytes()
+        blob = (WEIGHTS / FEATURES[NAMES[NAMES.index(name) - 1]]["file"]).read_bytes()
     path.write_bytes({"cut": blob[:-1], "longer": blob + b"\0", "empty": b""}.get(damage, blob))
     with pytest.raises(ValueError, match=spec["file"]):
         read_weights(name, tmp_path)
@@ -64,7 +65,7 @@ def test_a_missing_file_and_bad_names_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="features-digits.safetensors is missing.*install dddm again"):
         read_weights("digits", tmp_path)
     for build in network, trunk, read_weights:
-        with pytest.raises(ValueError, match="digits, cifar"):
+        with pytest.raises(ValueError, match="digits, cifar, mnist"):
             build("inception")
     for seed in (-1, 1.5, True, "0"):
         with pytest.raises(ValueError, match="random="):
@@ -246,6 +247,25 @@ def test_cifar_accuracy_on_a_part_of_the_copy(cifar10_copy, tmp_path):
     assert (network("cifar")(x).argmax(1) == y).float().mean() >= 0.83
 
 
+def test_mnist_is_a_good_judge(mnist_root, tmp_path):
+    path = next(mnist_root.glob("MNIST/raw/t10k-images-idx3-ubyte*"))
+    images = data.load("mnist", path, cache=tmp_path)
+    x, y = images.get(torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:2000])
+    p = network("mnist")(x).softmax(1)
+    assert images.class_names == list(FEATURES["mnist"]["class_names"])
+    assert (p.argmax(1) == y).float().mean() >= 0.985
+    assert (p.amax(1) >= 0.9).float().mean() >= 0.9
+    g = torch.Generator().manual_seed(3)
+    no_digits = {
+        "uniform": torch.rand(500, 1, 28, 28, generator=g) * 2 - 1,
+        "normal": torch.randn(500, 1, 28, 28, generator=g).clamp(-1, 1),
+        "means of ten": x[torch.randint(2000, (500, 10), generator=g)].mean(1),
+        "grey": torch.linspace(-1, 1, 21).view(-1, 1, 1, 1).expand(-1, 1, 28, 28),
+    }
+    for kind, z in no_digits.items():
+        assert (network("mnist")(z).softmax(1).amax(1) >= 0.9).float().mean() <= 0.01, kind
+
+
 def job(root, out, parameters):
     return subprocess.run(
         [
@@ -312,12 +332,24 @@ def test_the_job_trains_cifar_on_images_in_class_folders(root, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_job_trains_mnist_on_idx_files(root, tmp_path):
+    make_mnist(tmp_path, count=300)
+    test = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    given = f"mnist_train: {tmp_path}, mnist_test: {test}"
+    done = job(root, tmp_path, f"networks: [mnist], epochs: 1, {given}, out: {tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads((tmp_path / "run" / "classifiers.json").read_text())["mnist"]
+    assert record["images"] == 300 and record["test_images"] == 150 and record["parameters"] == 77386
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "parameters, message",
     [
         ("network: digits", "unknown parameter network; the parameters are networks"),
-        ("networks: [mnist]", "must be a list of digits, cifar"),
-        ("networks: digits", "must be a list of digits, cifar"),
+        ("networks: [lenet]", "must be a list of digits, cifar, mnist"),
+        ("networks: [mnist]", "mnist_train and mnist_test must be the paths"),
+        ("networks: digits", "must be a list of digits, cifar, mnist"),
         ("networks: [cifar]", "cifar_train and cifar_test must be the paths"),
         ("networks: [cifar], cifar_train: nowhere.zip, cifar_test: nowhere.zip", "nowhere.zip"),
         ("epochs: 0", "epochs=0: must be an integer >= 1"),

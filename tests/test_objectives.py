@@ -4,6 +4,7 @@ Each number recomputed sample by sample, what must not leak, and two processes.
 """
 
 import copy
+import dataclasses
 import json
 import math
 import subprocess
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from dddm import passes, runs
-from dddm.config import TrainConfig, epoch_batches
+from dddm.config import TrainConfig, build, epoch_batches
 from dddm.levels import intervals, noise_levels, sigma
 from dddm.losses import distance
 from dddm.model import DDDM, Boundary
@@ -24,6 +25,7 @@ from dddm.objectives import (
     OBJECTIVES,
     Batch,
     assemble,
+    draw_angles,
     estimate_of,
     needs_store,
     network_estimate,
@@ -32,7 +34,7 @@ from dddm.objectives import (
 )
 from dddm.passes import open_store
 from dddm.runs import newest_checkpoint
-from dddm.sampling import ddim, sample, times_down
+from dddm.sampling import ddim, meanflow, sample, times_down
 from dddm.schedule import VPSchedule
 from dddm.training import train
 from dddm.unet import Dropout, seed_dropout
@@ -619,3 +621,121 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path, monkeypatch):
     assert a.keys() == b.keys() and largest > 0
     for key in a:
         assert (a[key]["exp_avg"] - b[key]["exp_avg"]).abs().max() < 1e-4 * largest
+
+
+def meanflow_model(**options):
+    "A small U-Net of average velocities whose zeroed layers are filled, and a batch for it."
+    g = torch.Generator().manual_seed(0)
+    net = dict(base=16, multipliers=(1,), blocks=1, attention=(8,), estimate=(), **options)
+    config = TrainConfig(objective="meanflow", net=net, classes=3)
+    model = build(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=g))
+    batch = Batch(
+        x0=torch.randn(8, 1, 8, 8, generator=g).clamp(-1, 1),
+        t=torch.zeros(8, dtype=torch.long),
+        noise=torch.randn(8, 1, 8, 8, generator=g),
+        label=torch.arange(8) % 3,
+        uniforms=torch.rand(8, 4, generator=g),
+    )
+    return model, batch
+
+
+def test_two_angles_are_drawn_as_said():
+    n = 100_000
+    batch = draw_angles(Batch(torch.zeros(n, 1), None, None, uniforms=torch.rand(n, 4)), schedule)
+    last = math.acos(AB[-1] ** 0.5)
+    even, odd = slice(None, None, 2), slice(1, None, 2)
+    assert (
+        (batch.below <= batch.angle).all() and (batch.below >= 0).all() and batch.angle.max() <= last + 1e-6
+    )
+    assert torch.equal(batch.below[odd], batch.angle[odd])
+    assert (batch.below[even] == 0).double().mean().item() == pytest.approx(0.35, abs=0.01)
+    # half of ln(sigma) is N(0, 1.6²), and half of the angles are even
+    sure = 0.5 * (0.5 + 0.25 * math.pi / last)
+    assert (batch.angle[odd] < math.pi / 4).double().mean().item() == pytest.approx(sure, abs=0.01)
+    angles = np.arccos(AB**0.5)
+    t = batch.t[:500].numpy()
+    assert (np.abs(angles[t] - batch.angle[:500].numpy()) <= np.diff(angles).max()).all()
+
+
+@pytest.mark.parametrize("guidance, derivative", [(1.0, "jvp"), (2.0, "difference"), (2.0, "jvp")])
+def test_meanflow_row_by_row(guidance, derivative):
+    "The derivative along the path by central differences, the guided velocity by its formula."
+    model, batch = meanflow_model()
+    batch = dataclasses.replace(batch, guidance=guidance, label_dropout=0.3, derivative=derivative)
+    value = objective_value("meanflow", model, distance("squared_l2"), batch)
+    assert value.rows is None
+    batch, net, h = value.batch, model.net.net, 1e-2
+    for i in range(8):
+        angle, below = batch.angle[i : i + 1], batch.below[i : i + 1]
+        x0, noise = batch.x0[i : i + 1], batch.noise[i : i + 1]
+        x, v = angle.cos() * x0 + angle.sin() * noise, angle.cos() * noise - angle.sin() * x0
+        hidden = batch.uniforms[i, 3] < 0.3
+        label = torch.tensor([-1]) if hidden else batch.label[i : i + 1]
+        u = lambda x, a, b, label: net(x, a, torch.zeros_like(x), label, a - b)
+        with torch.no_grad():
+            if guidance != 1 and not hidden:
+                v = guidance * v + (1 - guidance) * u(x, angle, angle, torch.tensor([-1]))
+            change = (u(x + h * v, angle + h, below, label) - u(x - h * v, angle - h, below, label)) / (2 * h)
+            target = v - (angle - below) * change
+            expected = (u(x, angle, below, label) - target).square().sum()
+        assert value.loss[i].item() == pytest.approx(expected.item(), rel=2e-3), i
+    assert (batch.below[::2] < batch.angle[::2]).any()
+
+
+def test_the_target_of_meanflow_has_no_gradient():
+    "The gradient is that of the distance to a fixed target."
+    model, batch = meanflow_model()
+    batch = draw_angles(batch, schedule)
+    seen = []
+
+    def d(u, target):
+        seen.append((u, target))
+        return (u - target).square().flatten(1).sum(1)
+
+    OBJECTIVES["meanflow"].loss(model, d, batch, "none")[0].sum().backward()
+    (u, target), grads = seen[0], [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    assert u.requires_grad and not target.requires_grad and grads
+
+
+def test_a_mean_velocity_keeps_the_boundary_and_jumps():
+    model, batch = meanflow_model()
+    x, zero = batch.noise, torch.zeros_like(batch.noise)
+    assert torch.equal(model(zero, x, torch.tensor(0), batch.label), x)
+    one = model(zero, x, torch.tensor(T), batch.label).clamp(-1, 1)
+    torch.testing.assert_close(meanflow(model, x, 1, batch.label), one)
+    assert not torch.equal(meanflow(model, x, 3, batch.label), one)
+    assert torch.equal(model(zero + 1, x, torch.tensor(T), batch.label).clamp(-1, 1), one)  # no estimate
+    found = sample(model, 5, (1, 3), label=1)
+    whole = sample(model, 8, 3, label=1, batch_size=3)
+    torch.testing.assert_close(found[3], whole[:5], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="meanflow.*own is 'iterate'"):
+        sample(assemble("paper", Toy(), schedule), 2, sampler="meanflow")
+
+
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        (dict(objective="meanflow", net=dict(time="step")), "needs interval"),
+        (dict(objective="paper", net=dict(time="interval")), "needs step or angle"),
+        (dict(objective="paper", guidance=2.0), "guidance=2.0.*meanflow"),
+        (dict(objective="meanflow", guidance=2.0), "guidance=2.0.*classes"),
+        (dict(objective="meanflow", classes=10, guidance=2.0), "label_dropout"),
+        (dict(objective="meanflow", classes=10, label_dropout=1.0), "label_dropout=1.0"),
+        (dict(objective="meanflow", classes=10, guidance=0.5, label_dropout=0.1), "guidance=0.5"),
+    ],
+)
+def test_what_meanflow_cannot_be_told(fields, match):
+    with pytest.raises(ValueError, match=match):
+        TrainConfig(**fields)
+
+
+def test_the_time_as_an_angle():
+    "Any objective may have its network told the angle; it is that of the step."
+    model = build(TrainConfig(net=dict(base=16, multipliers=(1,), attention=(), estimate=(), time="angle")))
+    seen, x = [], torch.zeros(2, 1, 8, 8)
+    model.net.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    model(x, x, torch.tensor([1, T]))
+    np.testing.assert_allclose(seen[0].numpy(), np.arccos(AB[[1, T]] ** 0.5), rtol=1e-5)

@@ -1,5 +1,6 @@
 "Official formats made synthetically, their damage, and arrays of samples."
 
+import gzip
 import os
 import tarfile
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic_sets import make_cifar, make_folder, make_imagenet
+from synthetic_sets import idx, make_cifar, make_folder, make_imagenet, make_mnist
+from torchvision.datasets import FashionMNIST
+from torchvision.datasets.mnist import read_image_file, read_label_file
 
-from dddm.data import load
-from dddm.sources import CIFAR10
+from dddm.data import FASHION, load
+from dddm.sources import CIFAR10, read_idx
 
 pytestmark = pytest.mark.usefixtures("pixel_cache")
 
@@ -59,6 +62,134 @@ def test_cifar_damage_is_named(tmp_path):
     (tmp_path / "cut.tar.gz").write_bytes(b"\x1f\x8b\x08\x00" + bytes(20))
     with pytest.raises(ValueError, match="cut.tar.gz is not a readable tar"):
         load("cifar10", tmp_path / "cut.tar.gz")
+
+
+def test_mnist_in_all_its_forms(tmp_path):
+    pixels, marks = make_mnist(tmp_path / "packed")
+    images = load("mnist", tmp_path / "packed")
+    assert images.shape == (1, 28, 28) and images.classes == 10 and images.class_names == list("0123456789")
+    assert np.array_equal(images.pixels[:, 0], pixels) and images.labels.tolist() == marks
+    for place in ("MNIST", "MNIST/raw", "MNIST/raw/train-images-idx3-ubyte.gz"):
+        assert load("mnist", tmp_path / "packed" / place).fingerprint == images.fingerprint
+    make_mnist(tmp_path / "plain", packed=False)
+    assert load("mnist", tmp_path / "plain").fingerprint == images.fingerprint
+    (tmp_path / "plain/MNIST/raw/train-labels-idx1-ubyte").unlink()
+    packed = tmp_path / "packed/MNIST/raw/train-labels-idx1-ubyte.gz"
+    (tmp_path / "plain/MNIST/raw" / packed.name).write_bytes(packed.read_bytes())
+    assert load("mnist", tmp_path / "plain").fingerprint == images.fingerprint
+    unnamed = load(tmp_path / "packed/MNIST/raw")
+    assert np.array_equal(unnamed.pixels, images.pixels) and unnamed.labels.tolist() == marks
+
+
+def test_the_test_images_of_mnist(tmp_path):
+    make_mnist(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    images = load("mnist", raw / "t10k-images-idx3-ubyte.gz")
+    assert np.array_equal(images.pixels[:, 0], read_idx(raw / "t10k-images-idx3-ubyte.gz", 3))
+    assert images.labels.tolist() == list(range(10)) and images.class_names == list("0123456789")
+    (raw / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte missing.*path of another images file"):
+        load("mnist", tmp_path)
+
+
+def test_fashion_mnist_and_mnist_are_told_apart(tmp_path):
+    make_mnist(tmp_path / "both")
+    pixels, _ = make_mnist(tmp_path / "both", "FashionMNIST", 30)
+    make_mnist(tmp_path / "one", "FashionMNIST")
+    images = load("fashion-mnist", tmp_path / "both")
+    assert np.array_equal(images.pixels[:, 0], pixels) and len(load("mnist", tmp_path / "both")) == 20
+    assert images.class_names == FASHION == [name.lower() for name in FashionMNIST.classes]
+    raw = "one/FashionMNIST/raw"
+    for place in ("one", "one/FashionMNIST", raw, f"{raw}/t10k-images-idx3-ubyte.gz"):
+        with pytest.raises(ValueError, match="data='mnist'.*give data='fashion-mnist'"):
+            load("mnist", tmp_path / place)
+
+
+CUT = "download it again"
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("images-idx3", lambda b: b"", f"images-idx3-ubyte.gz is empty.*{CUT}"),
+        ("images-idx3", lambda b: b[:10], f"images-idx3-ubyte.gz ends within its header; {CUT}"),
+        ("images-idx3", lambda b: b[:-1], f"images-idx3-ubyte.gz has 15,679 bytes.*ask for 15,680; {CUT}"),
+        ("images-idx3", lambda b: b + b"x", f"has more than 15,680 bytes after its header.*{CUT}"),
+        ("images-idx3", lambda b: b[:2] + b"\x09" + b[3:], f"starts with 00 00 09 03, .*00 00 08 03: {CUT}"),
+        ("images-idx3", lambda b: b[:3] + b"\x01" + b[4:], "it holds labels; were two files exchanged"),
+        ("labels-idx1", lambda b: b[:3] + b"\x03" + b[4:], "it holds images; were two files exchanged"),
+        (
+            "images-idx3",
+            lambda b: b[:4] + b"\xff" * 4 + b[8:],
+            f"images and .*20 labels.*{CUT}|download both",
+        ),
+        ("images-idx3", lambda b: b[:4] + bytes(4) + b[8:], r"has no images: its sizes are \[0, 28, 28\]"),
+        ("labels-idx1", lambda b: b[:-1], "labels-idx1-ubyte.gz has 19 bytes after its header"),
+        (
+            "labels-idx1",
+            lambda b: idx(np.zeros(19, np.uint8)),
+            "has 20 images and .*19 labels; download both",
+        ),
+        ("labels-idx1", lambda b: b[:-1] + b"\x0a", "image 19 has label 10, out of range 0..9"),
+        ("images-idx3", lambda b: idx(np.zeros((20, 32, 32), np.uint8)), "is 32x32 where 28x28 is expected"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_damage_of_mnist_is_named(tmp_path, name, change, said, packed):
+    make_mnist(tmp_path, packed=False)
+    whole = tmp_path / "MNIST" / "raw" / f"train-{name}-ubyte"
+    content = change(whole.read_bytes())
+    whole.unlink()
+    (whole.parent / f"{whole.name}.gz").write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(ValueError, match=said):
+        load("mnist", tmp_path)
+
+
+def test_damage_within_gzip_is_named(tmp_path):
+    make_mnist(tmp_path)
+    file = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    whole = bytearray(file.read_bytes())
+    for damaged in (whole[:-4], whole[: len(whole) // 2], whole[:-6] + b"xx" + whole[-4:], whole[:5]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz is damaged.*download it again"):
+            load("mnist", tmp_path)
+
+
+def test_a_header_that_promises_too_much_takes_no_memory(tmp_path):
+    for pack in (bytes, gzip.compress):
+        (tmp_path / "a").write_bytes(pack(b"\0\0\x08\x03" + b"\xff" * 12 + b"few"))
+        with pytest.raises(ValueError, match="has 3 bytes after its header"):
+            read_idx(tmp_path / "a", 3)
+
+
+def test_exchanged_files(tmp_path):
+    make_mnist(tmp_path)
+    raw = tmp_path / "MNIST" / "raw"
+    a, b = raw / "train-images-idx3-ubyte.gz", raw / "train-labels-idx1-ubyte.gz"
+    content = a.read_bytes(), b.read_bytes()
+    a.write_bytes(content[1])
+    b.write_bytes(content[0])
+    with pytest.raises(ValueError, match="images-idx3-ubyte.gz starts with.*exchanged"):
+        load("mnist", tmp_path)
+
+
+def test_the_official_files_of_mnist(mnist_root, tmp_path):
+    "Against torchvision's reader, which reads unpacked files."
+    raw = mnist_root / "MNIST" / "raw"
+    for name, path, n in ("train", mnist_root, 60_000), ("t10k", None, 10_000):
+        for kind in ("images-idx3", "labels-idx1"):
+            packed = raw / f"{name}-{kind}-ubyte.gz"
+            content = (
+                gzip.decompress(packed.read_bytes())
+                if packed.exists()
+                else packed.with_suffix("").read_bytes()
+            )
+            (tmp_path / f"{name}-{kind}-ubyte").write_bytes(content)
+        images = load("mnist", path or next(raw.glob("t10k-images-idx3-ubyte*")))
+        assert images.pixels.shape == (n, 1, 28, 28) and images.labels.bincount().min() > n / 12
+        assert torch.equal(images.pixels[:, 0], read_image_file(str(tmp_path / f"{name}-images-idx3-ubyte")))
+        assert torch.equal(images.labels, read_label_file(str(tmp_path / f"{name}-labels-idx1-ubyte")))
+    assert torch.equal(load("mnist", tmp_path).pixels, load("mnist", mnist_root).pixels)
 
 
 def test_imagenet_batches(tmp_path):
