@@ -379,7 +379,10 @@ def test_whatever_ends_papermill_saves_the_run(root, tmp_path, number, whom):
         "{epochs: 5000, batch: 600, net: {base: 16, attention: [], estimate: [4]}, "
         "checkpoint_every: 1000000, log_every: 1, sample_every: 0, device: cpu}"
     )
-    run, parameters = tmp_path / "run", ["-y", f"{{out: {tmp_path / 'run'}, overrides: {fields}}}"]
+    run, parameters = (
+        tmp_path / "run",
+        ["-y", f"{{preset: digits, out: {tmp_path / 'run'}, overrides: {fields}}}"],
+    )
     command = [sys.executable, "-m", "papermill", "nbs/train.ipynb", str(tmp_path / "out.ipynb"), *parameters]
     job = subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE)
     while job.poll() is None and not (run / "history.jsonl").exists():
