@@ -251,9 +251,9 @@ def guided(net, x, v, batch: Batch, label) -> torch.Tensor:
 
 # %% ../nbs/08c_objectives.ipynb #08c-objectives-m4
 def meanflow(model, d, batch: Batch, estimate: str = "none"):
-    r"""$d\big(u,\ \mathrm{stop\_gradient}[v - (\theta - r)\,du/d\theta]\big)$ [B] (Geng et al. 2025), and None: no rows.
+    r"""$d\big(u,\ \mathrm{stop\_gradient}[v - (\theta - r)\,du/d\theta]\big)$ [B], and None: no rows.
 
-    u is the network's. model: its net is a `MeanVelocity`. The
+    u is the network's (Geng et al. 2025). model: its net is a `MeanVelocity`. The
     angles are those of `draw_angles`, whose odd rows have r = θ: there the target is v. With a
     `batch.guidance` other than 1, `guided` makes v. `batch.derivative`: see `change_along_flow`.
     """
