@@ -128,7 +128,7 @@ def objective_operations(config: TrainConfig) -> float:
 RATE = 790e12  # operations a second of one GPU in bfloat16: an assumption
 TF32 = 0.5  # the rate in TF32, as a share of RATE: an assumption
 SHARES = (0.35, 0.5)  # of the rate, that a training keeps up: an assumption
-IMAGES = {"digits": 1_797, "cifar10": 50_000, "imagenet64": 1_281_167}
+IMAGES = {"digits": 1_797, "mnist": 60_000, "cifar10": 50_000, "imagenet64": 1_281_167}
 
 # %% ../nbs/12a_costs.ipynb #12a-costs-021
 class Floor(NamedTuple):
