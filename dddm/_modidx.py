@@ -475,6 +475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'dddm.metrics.nearest': ('metrics.html#nearest', 'dddm/metrics.py'),
                               'dddm.metrics.pairwise_distance': ('metrics.html#pairwise_distance', 'dddm/metrics.py'),
                               'dddm.metrics.precision_recall': ('metrics.html#precision_recall', 'dddm/metrics.py'),
+                              'dddm.metrics.refuse_pixels': ('metrics.html#refuse_pixels', 'dddm/metrics.py'),
                               'dddm.metrics.squared_distances': ('metrics.html#squared_distances', 'dddm/metrics.py'),
                               'dddm.metrics.squared_radii': ('metrics.html#squared_radii', 'dddm/metrics.py')},
             'dddm.model': { 'dddm.model.AngleTime': ('reformulation.html#angletime', 'dddm/model.py'),

@@ -390,8 +390,9 @@ def measure(
 def frechet_of(g: Features, r: Features) -> Measured:
     """Fréchet distance of two `Features`, and what real images would be expected to score.
 
-    Warns where there are fewer images than dimensions.
+    Warns where there are fewer images than dimensions. Raises `ValueError` for pixels.
     """
+    refuse_pixels(g.extractor)
     floor, D = frechet_bias(bias_constant(r.eigenvalues), len(g), len(r)), g.features.shape[1]
     if min(len(g), len(r)) <= D:
         warnings.warn(
@@ -400,6 +401,12 @@ def frechet_of(g: Features, r: Features) -> Measured:
             "several times as many if you can, and compare at equal n only"
         )
     return Measured(frechet(g.statistics, r.statistics), floor)
+
+
+def refuse_pixels(extractor: str) -> None:
+    "`ValueError` where the Fréchet distance of pixels is asked for."
+    if extractor == "pixels":
+        raise ValueError("extractor='pixels' has no Fréchet distance; take the metric 'energy'")
 
 
 def energy_of(x: torch.Tensor, y: torch.Tensor, most: int = 2000) -> float:
@@ -417,8 +424,8 @@ def check_metrics(metrics: tuple, reference, e: Extractor | None = None) -> None
         raise ValueError(f"metrics={metrics}: {known} ('fd' with extractor='inception' is FID)")
     if reference is None and set(metrics) != {"is"}:
         raise ValueError("reference is missing: of all metrics, only 'is' does without the data")
-    if e is not None and e.name == "pixels" and "fd" in metrics:
-        raise ValueError(f"metrics={metrics}: extractor='pixels' has no Fréchet distance; take 'energy'")
+    if e is not None and "fd" in metrics:
+        refuse_pixels(e.name)
     without = set()
     if e is not None and e.name == "inception":
         without = {"confident"}

@@ -25,6 +25,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 import dddm
+from .checks import check_count
 from .config import MACHINE, TrainConfig, build
 from .data import KNOWN
 from .model import DDDM
@@ -364,6 +365,7 @@ def draw_images(source: str, n: int, steps: int, label: int | None, seed: int, o
     label: None gives the classes in turn. `sample` says what may be asked. Small images of a grid are
     enlarged by whole pixels.
     """
+    check_count("n", n)
     as_grid, model = is_grid(out), Pretrained.from_pretrained(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     classes = model.config.classes

@@ -137,5 +137,5 @@ def test_pixels_are_scored_by_their_energy_distance():
     found = evaluate(x, y, "pixels", ("energy", "diversity"), cache=False, progress=False)
     seen = ((x + 1) * 127.5).round() / 127.5 - 1
     assert found["energy distance"].value == pytest.approx(energy_distance(seen, y / 127.5 - 1), abs=1e-5)
-    with pytest.raises(ValueError, match="no Fréchet distance; take 'energy'"):
+    with pytest.raises(ValueError, match="no Fréchet distance; take the metric 'energy'"):
         evaluate(x, y, "pixels", cache=False)
