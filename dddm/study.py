@@ -27,7 +27,7 @@ from .metrics import class_counts, copied_noise, energy_distance, measure, memor
 from .objectives import OBJECTIVES, Batch, estimate_of, needs_store, network_estimate
 from .passes import load_images, open_distance, open_store
 from .pictures import COLOURS
-from .presets import CONSISTENCY, FEW_STEPS, PRESETS, preset
+from .presets import CONSISTENCY, FEW_STEPS, PRESETS, one_step, preset
 from .runs import history, load, newest_checkpoint, step_of
 from .sampling import SAMPLERS, check_tolerance, draws, sample, step_counts, times_down
 from .store import CHECKSUM, whole_file, with_checksum, without_checksum
@@ -454,15 +454,35 @@ def network_variants(preset_name: str, resolution: int = 8) -> list[Variant]:
             variants.append(Variant(name, fields, (own_sampler(objective),), ("network",)))
     return variants
 
+# %% ../nbs/12_study.ipynb #12-study-026c
+def one_step_variants(preset_name: str) -> list[Variant]:
+    "MeanFlow and the strongest consistency trainings, each with its own recipe, beside algorithm 1."
+    fields, rising = PRESETS[preset_name], recipe_settings(preset_name)
+    flow = {k: v for k, v in one_step(fields).items() if fields.get(k) != v}
+    few_steps = without(rising, "level_distribution", "levels") | without(FEW_STEPS, "sampler")
+    shrinking = dict(level_distribution="shrinking", lr_decay=0.5, drop_last=True)
+    improved = dict(objective="improved_consistency")
+    # fmt: off
+    table = [
+        ("paper",                           dict(objective="paper"), "iterate"),
+        ("meanflow",                        flow,                    "meanflow"),
+        ("improved consistency",            improved | rising,       "renoise"),
+        ("improved consistency, few steps", improved | few_steps,    "renoise"),
+        ("easy consistency",                improved | shrinking,    "renoise"),
+    ]
+    # fmt: on
+    return [Variant(name, fields, (sampler,), ("one step",)) for name, fields, sampler in table]
+
 # %% ../nbs/12_study.ipynb #12-study-027
-SETS: dict[str, Callable] = dict(
-    objectives=objective_variants,
-    distance=distance_variants,
-    c=c_variants,
-    T=T_variants,
-    recipe=recipe_variants,
-    network=network_variants,
-)
+SETS: dict[str, Callable] = {
+    "objectives": objective_variants,
+    "distance": distance_variants,
+    "c": c_variants,
+    "T": T_variants,
+    "recipe": recipe_variants,
+    "network": network_variants,
+    "one step": one_step_variants,
+}
 OPTIONS = {  # which options a set takes
     "objectives": (),
     "distance": ("objectives", "c", "features"),
@@ -470,16 +490,17 @@ OPTIONS = {  # which options a set takes
     "T": ("T_values", "epochs"),
     "recipe": (),
     "network": ("resolution",),
+    "one step": (),
 }
 
 # %% ../nbs/12_study.ipynb #12-study-028
 def chosen_variants(sets=("objectives",), preset: str = "digits", names=None, **options) -> list[Variant]:
     """The variants of one or more sets, each once.
 
-    sets: a name or several, of "objectives", "distance", "c", "T", "recipe" and "network". preset: whose
-    settings they take. names: only these. options: objectives, c, features (distance); objectives, c_values,
-    features (c); T_values, epochs (T); resolution at which the estimate enters (network). Raises
-    `ValueError` for a set, preset, name or option that does not exist.
+    sets: a name or several, keys of `SETS`. preset: whose settings they take. names: only these. options:
+    objectives, c, features (distance); objectives, c_values, features (c); T_values, epochs (T); resolution
+    at which the estimate enters (network). Raises `ValueError` for a set, preset, name or option that does
+    not exist.
     """
     sets = [sets] if isinstance(sets, str) else list(sets)
     refuse_unknown("preset", preset, PRESETS)
