@@ -644,6 +644,9 @@ def score(x: torch.Tensor, seed: int, inputs: Inputs) -> dict[str, tuple[float, 
         scores["classes"] = int((class_counts(found) > 0).sum())
     x_T, first = draws(seed, range(len(x)), x.shape[1:])
     scores |= dict(copied_x_T=copied_noise(x, x_T), copied_estimate=copied_noise(x, first))
+    scores["spread"] = (
+        x.var(0).sum() / inputs.images.get(torch.arange(len(inputs.images)))[0].var(0).sum()
+    ).item()
     few = x[:ENERGY_IMAGES]
     energy = energy_distance(few, some_images(inputs.images, len(few), seed))
     return {name: (value, len(x)) for name, value in scores.items()} | {"energy": (energy, len(few))}
