@@ -37,7 +37,15 @@ from dddm.extractors import (
     statistics,
 )
 from .features import FEATURES
-from .metrics import Memorisation, Result, frechet, measure, memorisation, precision_recall
+from dddm.metrics import (
+    Memorisation,
+    Result,
+    energy_of,
+    frechet,
+    measure,
+    memorisation,
+    precision_recall,
+)
 from .passes import load_images
 from .runs import load, newest_checkpoint, read_config
 from dddm.sampling import (
@@ -272,8 +280,14 @@ class Samples:
         return self.n * (max(left) - (reached if reached <= min(left) else 0))
 
 # %% ../nbs/11b_evaluation.ipynb #11b-evaluation-012
-EXTRACTORS = {about["images"]: name for name, about in FEATURES.items()}  # by data; all other: "inception"
+EXTRACTORS = {about["images"]: name for name, about in FEATURES.items()}  # by data
 METRICS = ("fd", "precision", "recall", "diversity", "mean shift")
+OF_PIXELS = ("energy", "diversity", "mean shift")
+
+
+def usual_extractor(data: str) -> str:
+    "The network that sees images of `data`: its own, for other named sets inception, for a path the pixels."
+    return EXTRACTORS.get(data, "inception" if data in KNOWN else "pixels")
 
 
 def remembered(path: Path, make: Callable, extractor: Extractor, reference: Features) -> dict[str, Result]:
@@ -325,13 +339,15 @@ class Evaluation:
 
     @property
     def distance(self) -> str:
-        "What the Fréchet distance is called."
+        "What the distance is called: the Fréchet distance, or of pixels the energy distance."
         return self.reference.distance
 
     @property
     def metrics(self) -> tuple:
         "The metrics that the extractor allows."
         name = self.extractor.name
+        if name == "pixels":
+            return OF_PIXELS
         return METRICS + ("confident",) * (name in FEATURES) + ("is",) * (name == "inception")
 
     def samples(self, subject: Subject, seed: int) -> Samples:
@@ -380,7 +396,7 @@ def open_evaluation(
 ) -> Evaluation:
     """An `Evaluation` of runs that were trained on the same images; nothing is sampled yet.
 
-    runs: their directories. extractor, weights: see `load_extractor`; None: by `EXTRACTORS`.
+    runs: their directories. extractor, weights: see `load_extractor`; None: by `usual_extractor`.
     sampler, data: see `open_subject`.
     out: folder of the results; None: `evaluation` in the run's directory, or beside several.
     batch_size: None is 1024 on a GPU, 250 elsewhere.
@@ -392,8 +408,7 @@ def open_evaluation(
     out = Path(out) if out else (paths[0] if len(paths) == 1 else paths[0].parent) / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     batch_size = batch_size or (1024 if device.type == "cuda" else 250)
-    which = extractor or EXTRACTORS.get(subjects[0].config.data, "inception")
-    loaded = load_extractor(which, weights, device)
+    loaded = load_extractor(extractor or usual_extractor(subjects[0].config.data), weights, device)
     reference = reference_features(images, loaded, batch_size=batch_size)
     options = dict(steps=steps, n=n, seeds=list(seeds), all_seeds_to=all_seeds_to, batch_size=batch_size)
     return Evaluation(subjects, images, loaded, reference, out, **options)
@@ -417,12 +432,21 @@ def noise(self: Evaluation) -> dict[str, Result]:
 def real(self: Evaluation) -> dict:
     """Distance, precision and recall of real images: at most n of the data against all others.
 
-    Beside them n and reference_n, the number of images on each side.
+    Beside them n and reference_n, the number of images on each side. Of pixels the mean energy distance of
+    five such splits, and `spread`, its standard deviation: what is nearer to 0 cannot be told from the data.
     """
     features = self.reference.features
     n = min(self.n, len(features) // 2)
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    part, rest = features[order[:n]], features[order[n:]]
+
+    def split(seed):
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+        return features[order[:n]], features[order[n:]]
+
+    if self.extractor.name == "pixels":
+        values = torch.tensor([energy_of(*split(seed)) for seed in range(5)])
+        found = {self.distance: values.mean().item(), "spread": values.std().item()}
+        return found | dict(n=n, reference_n=len(features) - n)
+    part, rest = split(0)
     found = {self.distance: frechet(statistics(part), statistics(rest))}
     found |= precision_recall(part, rest, device=self.extractor.device)._asdict()
     return found | dict(n=n, reference_n=len(rest))
@@ -436,7 +460,7 @@ def score(self: Evaluation, samples: Samples, steps: int, x: torch.Tensor) -> di
     def make():
         g = self.see(x, progress=len(x) > 5000)
         found = self.measure(g, samples.seed)
-        return found | {"copies": copies(memorisation(g, self.reference), found["recall"])}
+        return found | {"copies": copies(memorisation(g, self.reference), found["diversity"])}
 
     path = samples.path(f"steps{steps}-{e.name}-{e.weights[:8]}.json")
     return remembered(path, make, e, self.reference)
