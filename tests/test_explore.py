@@ -5,6 +5,7 @@ The browser is driven through its DevTools protocol.
 
 import base64
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -22,11 +23,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dddm import explore, presets, runs, training
+from dddm import config, explore, presets, runs, training
 from dddm.data import digits
 from dddm.model import DDDM
-from dddm.pictures import grid
-from dddm.sampling import ddim
+from dddm.pictures import PALETTE, grid
+from dddm.sampling import ddim, sample
 from dddm.schedule import VPSchedule
 from dddm.zoo import Pretrained
 
@@ -62,7 +63,7 @@ def halving(**options):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A run of three steps."
-    config = presets.preset(
+    settings = presets.preset(
         "digits",
         epochs=1,
         batch=600,
@@ -71,18 +72,20 @@ def run(tmp_path_factory):
         device="cpu",
         net=dict(base=16, attention=[], estimate=[4]),
     )
-    return training.train(config, tmp_path_factory.mktemp("runs") / "short", progress=False)
+    return training.train(settings, tmp_path_factory.mktemp("runs") / "short", progress=False)
 
 
-def told(explorer):
-    return explorer.message.value
+def told(explorer, row=0):
+    "What the page says in the frame of a row, or in the only one: the sentence and the picture are one text."
+    return (explorer.rows[row] if hasattr(explorer, "rows") else explorer).frame.html.value
 
 
 # Trajectories
 
 
-def test_trajectory_of_a_known_map():
-    t = explore.Trajectory(halving(), n=5, steps=30, dtype=torch.float32).run(batch_size=2)
+def test_trajectory_of_a_known_map(monkeypatch):
+    monkeypatch.setattr(explore, "BATCH", 2)
+    t = explore.Trajectory(halving(), n=5, steps=30, dtype=torch.float32).run()
     for s in t.steps:
         torch.testing.assert_close(t.samples(s), t.x0 / 2**s)
     norm = t.x0.flatten(1).norm(dim=1).mean().item()
@@ -90,7 +93,7 @@ def test_trajectory_of_a_known_map():
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "renoise"])
-def test_trajectory_of_another_sampler(sampler):
+def test_trajectory_of_another_sampler(sampler, monkeypatch):
     """Each kept number of steps is a run of its own from the same noise.
 
     DDIM's are those of `ddim`; re-noised images of a longer list are the same as those of a shorter one, and
@@ -103,18 +106,15 @@ def test_trajectory_of_another_sampler(sampler):
     model = DDDM(Halving(), VPSchedule())
     model.net.forward = f
     model.sampler = sampler
-    t = explore.Trajectory(model, n=5, dtype=torch.float32).run(batch_size=2)
-    assert (
-        t.sampler == sampler
-        and t.steps == explore.log_steps(100)
-        and t.done == 100
-        and torch.equal(t.samples(0), t.x_T)
-    )
+    monkeypatch.setattr(explore, "BATCH", 2)
+    t = explore.Trajectory(model, n=5, dtype=torch.float32).run()
+    assert t.steps == explore.log_steps(100) and t.done == 100 and torch.equal(t.samples(0), t.x_T)
     if sampler == "ddim":
         for s in (1, 3, 100):
             torch.testing.assert_close(
                 t.samples(s), ddim(model, t.x_T, s, clamp=False, x0=t.x0), rtol=1e-4, atol=1e-5
             )
+    monkeypatch.undo()
     torch.testing.assert_close(
         explore.Trajectory(model, n=3, steps=7, dtype=torch.float32).run().samples(7), t.samples(7)[:3]
     )
@@ -127,13 +127,8 @@ def test_trajectory_of_another_sampler(sampler):
     ]
     np.testing.assert_allclose(t.moved[np.array(t.steps[1:]) - 1], moved, rtol=1e-5)
     assert np.isnan(np.delete(t.moved, np.array(t.steps[1:]) - 1)).all()
-    assert (
-        explore.Trajectory(model, n=5, sampler="iterate").sampler,
-        len(explore.Trajectory(model, n=5, sampler="iterate").moved),
-    ) == ("iterate", 1000)
     for wrong, words in (
         (dict(steps=2000), "has T=1000 times"),
-        (dict(sampler="dim"), "did you mean 'ddim'"),
         (dict(steps=[1, 5]), "begins with 0"),
         (dict(steps=[0, 5, 5]), "ascending"),
     ):
@@ -157,10 +152,12 @@ def test_a_model_of_few_steps_is_shown_by_its_own_sampler():
     ) and "from the one after 4, on average" in told(explorer)
     for _, step in explorer.step.options:  # whatever the slider offers up to 100 is there
         explorer.step.value = step
-        assert "computed" not in told(explorer) and (step > 100 or f" after {step:,} step" in told(explorer))
+        assert "being computed" not in told(explorer) and (
+            step > 100 or f" after {step:,} step" in told(explorer)
+        )
     explorer.step.value = 1000
     assert "after 100 steps" in told(explorer) and "This sampler is shown up to 100 steps." in told(explorer)
-    explorer.model.value = "digits-paper"
+    explorer.rows[0].model.value = "digits-paper"
     explorer.wait()
     assert (
         "after 1,000 steps: the last one moved" in told(explorer)
@@ -208,6 +205,121 @@ def test_kept_trajectories_stay_within_the_bound():
     assert torch.equal(explorer.wait().trajectory.frames, first.frames)
 
 
+def figures():
+    "How many matplotlib figures are alive."
+    from matplotlib.figure import Figure
+
+    gc.collect()
+    return sum(type(o) is Figure for o in gc.get_objects())
+
+
+def test_what_is_kept_are_numbers_not_figures():
+    """A figure of the curves takes megabytes: however many seeds are kept, one is alive.
+
+    And a model that many trajectories share is kept, and counted, once.
+    """
+    explorer, before = explore.StepExplorer("digits-paper", n=1, steps=2, runs=()).wait(), figures()
+    for seed in range(1, 6):
+        explorer.seed.value = seed
+        explorer.wait()
+    assert figures() == before
+    kept = [t for t, _ in explorer.cache.values()]
+    assert len(kept) == 6
+    model = kept[0].model
+    assert all(t.model is model for t in kept)
+    weights = sum(p.nbytes for p in (*model.parameters(), *model.buffers()))
+    assert weights > 1e6 and explore.kept_bytes(kept + kept) == weights + sum(
+        t.frames.nbytes + 3 * t.x_T.nbytes + t.moved.nbytes for t in kept
+    )
+    explorer.memory = explore.kept_bytes(kept)  # full: the next one makes room
+    explorer.seed.value = 9
+    explorer.wait()
+    assert [key[1] for key in explorer.cache] == [1, 2, 3, 4, 5, 9]
+    explorer.close()
+
+
+# Several models
+
+
+def random_model(objective):
+    "A network for MNIST with random weights, told the class, and opened as a shipped one is."
+    estimate = [] if objective == "meanflow" else [14]
+    net = dict(base=16, multipliers=[1, 1], attention=[], estimate=estimate)
+    settings = presets.preset("mnist", objective=objective, classes=10, net=net)
+    torch.manual_seed(0)
+    return Pretrained(config.build(settings).eval(), settings)
+
+
+def test_rows_of_mnist_start_from_the_same_noise(monkeypatch):
+    """MeanFlow and the paper's objective, 28x28, told the classes: each row is what `sample` makes of the same seed.
+
+    The number in a frame is that of its picture. The rows keep in step while they are computed.
+    """
+    monkeypatch.setitem(explore.LONGEST, "meanflow", 10)
+    models = random_model("meanflow"), random_model("paper")
+    explorer = explore.StepExplorer(*models, n=4, seed=3, steps=20).wait()
+    flow, iterated = (row.trajectory for row in explorer.rows)
+    assert torch.equal(flow.x_T, iterated.x_T) and flow.frames.shape[2:] == (1, 28, 28)
+    assert (flow.steps[-1], iterated.steps[-1], explorer.progress.value) == (10, 20, 30)
+    label = torch.arange(4)
+    for t, model in zip((flow, iterated), models):
+        for s, x in sample(model, 4, (1, 2, 10), seed=3, label=label).items():
+            assert (t.samples(s) - x).abs().max() < 1 / 255 + 1e-4
+    explorer.step.value = 5
+    assert "after 5 steps along the flow: an image is" in told(explorer, 0)
+    assert "after 5 steps: the last one moved an image by" in told(explorer, 1)
+    explorer.step.value = 20
+    assert "after 10 steps along the flow" in told(explorer, 0)
+    assert "This sampler is shown up to 10 steps." in told(explorer, 0)
+    assert "after 20 steps" in told(explorer, 1) and "shown up to" not in told(explorer, 1)
+    explorer.label.value = 7
+    assert (explorer.wait().trajectory.label == 7).all() and len(explorer.cache) == 4
+    explorer.close()
+
+
+def test_rows_keep_in_step_and_the_page_keeps_its_height():
+    "While two models of unequal speed are computed neither is ahead, and no frame changes its height."
+    explorer = explore.StepExplorer(halving(seconds=0.01), halving(seconds=0.03), n=2, steps=60)
+    frames = [*(row.frame for row in explorer.rows), explorer.curves]
+    heights, ahead = [frame.html.layout.height for frame in frames], []
+    explorer.step.value = 60
+    while explorer.thread.is_alive():
+        with explorer.lock:
+            done = [row.trajectory.done for row in explorer.rows if row.trajectory]
+            said = [told(explorer, k) for k in range(2)]
+        ahead += [abs(done[0] - done[1])] if len(done) == 2 else []
+        assert all("after 60 step" in text or "computed" in text for text in said if "after" in text)
+        time.sleep(0.02)
+    assert max(ahead) <= 2 and [frame.html.layout.height for frame in frames] == heights
+    assert all(frame.html.layout.height for frame in frames)
+    assert "data:image/png" in explorer.curves.html.value
+    explorer.close()
+
+
+def test_a_broken_model_leaves_the_other_row_alone(tmp_path):
+    explorer = explore.StepExplorer(halving(), tmp_path, n=2, steps=5, runs=()).wait()
+    assert "dddm-wrong" in told(explorer, 1) and "empty directory" in told(explorer, 1)
+    assert "after 1 step:" in told(explorer, 0) and "data:image/png" in explorer.curves.html.value
+    explorer.rows[1].model.value = None
+    explorer.wait()
+    assert explorer.rows[1].frame.html.layout.display == "none" and len(explorer.cache) == 1
+    explorer.close()
+
+
+def test_curves_of_a_class_are_not_compared_with_all_digits():
+    "FD-digits stands only where the images are of all classes; the other curves always."
+    model = Pretrained.from_pretrained("digits-consistency")
+    every, fours = (explore.Trajectory(model, n=66, label=label, steps=2).run() for label in (None, 4))
+    titles = [list(explore.curves(t, digits())) for t in (every, fours)]
+    assert titles[0] == titles[1] + ["FD-digits, 66 images"] and len(titles[1]) == 2
+
+
+def test_two_lines_never_have_the_same_colour():
+    models = [Pretrained.from_pretrained("digits-paper"), random_model("paper"), halving()]
+    colours = explore.line_colours(models)
+    assert len(set(colours)) == 3 and colours[0] == PALETTE["paper"]
+
+
 # The widget
 
 
@@ -216,7 +328,7 @@ def test_only_what_was_asked_for_last_is_shown():
     for seed in range(1, 6):
         explorer.seed.value = seed
     assert (
-        list(explorer.wait().cache) == [(explorer.model.value, 5, 2, None)]
+        list(explorer.wait().cache) == [(explorer.rows[0].model.value, 5, 2, None)]
         and explorer.trajectory.done == 500
     )
     assert torch.equal(explorer.trajectory.x_T, explore.Trajectory(halving(), 2, 5).x_T)
@@ -239,7 +351,8 @@ def test_while_computing_the_last_computed_step_is_drawn():
     explorer = explore.StepExplorer(halving(seconds=0.02), n=2, steps=200)
     explorer.step.value = 200
     wait_for("a step", lambda: "is being computed" in told(explorer), 20)
-    assert 0 < explorer.progress.value < 200 and "data:image/png;base64," in explorer.image.value
+    assert 0 < explorer.progress.value < 200 and "data:image/png;base64," in told(explorer)
+    assert "when all steps are computed" in explorer.curves.html.value
     assert "after 200 steps" in told(explorer.wait()) and explorer.progress.value == 200
     explorer.close()
 
@@ -254,12 +367,17 @@ def test_a_redraw_takes_less_than_a_tenth_of_a_second(model, n):
     assert min(times[:20]) < 0.1 and sorted(times)[len(times) // 4] < 0.1  # quartile: the machine may be busy
 
 
+def everything(box):
+    "A widget and all that it holds."
+    return {box}.union(*(everything(child) for child in getattr(box, "children", ())))
+
+
 def test_a_notebook_shows_the_box_and_figures_without_pyplot():
     explorer = explore.StepExplorer(halving(), n=2, steps=3).wait()
     shown = explorer._repr_mimebundle_()
     assert shown["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.box.model_id
     assert shown["text/plain"].startswith("StepExplorer: run this cell")
-    assert explorer.message in explorer.box.children and explorer.image in explorer.box.children
+    assert {explorer.step, explorer.rows[0].frame.html} <= everything(explorer.box)
     explorer.close()
     with Image.open(io.BytesIO(explore.new_figure(2, 1)._repr_png_())) as picture:
         assert picture.size == (160, 80)
@@ -275,8 +393,8 @@ def test_python_ends_while_a_trajectory_is_computed():
 
 def test_runs_are_found_and_opened(run):
     explorer = explore.StepExplorer(runs=(run.parent, run.parent.parent / "nowhere"), n=2, steps=3).wait()
-    assert str(run) in [value for _, value in explorer.model.options]
-    explorer.model.value = str(run)
+    assert str(run) in [value for _, value in explorer.rows[0].model.options]
+    explorer.rows[0].model.value = str(run)
     assert torch.equal(
         explorer.wait().trajectory.frames, explore.Trajectory(runs.load(run), 2, steps=3).run().frames
     )
@@ -314,7 +432,7 @@ def test_a_broken_run_is_a_message(run, tmp_path, damage, message):
     damage(tmp_path / "run")
     explorer = explore.StepExplorer(tmp_path / "run", n=2, steps=3).wait()
     assert "dddm-wrong" in told(explorer) and message in told(explorer)
-    explorer.model.value = "digits-paper"  # and the reader goes on
+    explorer.rows[0].model.value = "digits-paper"  # and the reader goes on
     assert "dddm-message" in told(explorer.wait())
 
 
@@ -347,7 +465,7 @@ def test_points_of_another_dimension_are_a_message():
     )
     assert "dddm-wrong" in told(explorer)
     explorer.model.value = "points"
-    assert "dddm-message" in told(explorer) and "data:image/png;base64," in explorer.image.value
+    assert "dddm-message" in told(explorer) and "data:image/png;base64," in told(explorer)
     explorer.n.value = -3
     assert "n=-3" in told(explorer)
 
@@ -359,13 +477,8 @@ def test_points_of_a_model_that_walks_down_the_schedule():
     mixture, model = GaussianMixture(torch.zeros(1, 2), [1.0], [1.0]), halving(shape=(2,))
     model.sampler = "ddim"
     explorer = explore.MixtureExplorer(mixture, {"points": model}, n=5)
-    title, at, moved = explorer.trajectory.moves()
-    assert (
-        title == "distance from fewer steps"
-        and at[-1] == 100
-        and np.isfinite(moved).all()
-        and len(moved) == len(at)
-    )
+    at, moved = explorer.trajectory.moves()
+    assert at[-1] == 100 and np.isfinite(moved).all() and len(moved) == len(at)
     explorer.step.value = 1000
     assert "after 100 steps" in told(explorer) and "up to 100 steps" in told(explorer)
     with pytest.raises(ValueError, match="run.. it first"):
