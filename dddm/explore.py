@@ -305,7 +305,7 @@ def new_figure(width: float, height: float):
     return figure
 
 # %% ../nbs/13_explore.ipynb #13-explore-022b
-WIDTH, HEIGHT = 680, 160  # pixels on the page, of a picture of samples
+WIDTH, HEIGHT = 680, 150  # pixels on the page, of a picture of samples
 
 
 def samples_grid(trajectory: Trajectory, step: int) -> np.ndarray:
@@ -462,7 +462,7 @@ def steps_figure(trajectory: Trajectory, steps=None, data: Images | None = None)
 
 # %% ../nbs/13_explore.ipynb #13-explore-029
 class Frame:
-    """A place on the page that stays as high as it is: a sentence, and below it a picture.
+    """A place on the page that stays as high as it is: a picture, and below it a sentence.
 
     height: of the picture, in pixels. `html`: the ipywidget.
     """
@@ -473,16 +473,15 @@ class Frame:
         self.height, self.html = height, widgets.HTML(layout=dict(height=f"{height + 48}px"))
 
     def show(self, sentence: str, picture=None, alt: str = "") -> None:
-        "Show a sentence and a picture (None: none); alt: the picture in words, for those who do not see it."
-        said = (
-            f'<div role="status" class="dddm-message" style="line-height:1.4">{html.escape(sentence)}</div>'
-        )
+        "Show a picture (None: none) and a sentence; alt: the picture in words, for those who do not see it."
+        image = ""
         if picture is not None:
             source = f"data:image/png;base64,{base64.b64encode(png(picture)).decode()}"
             look = f"display:block; width:100%; height:{self.height}px; object-fit:scale-down; "
-            look += "object-position:left top"
-            said += f'<img decoding="sync" style="{look}" alt="{html.escape(alt)}" src="{source}">'
-        self.html.value = said
+            look += "object-position:left"
+            image = f'<img decoding="sync" style="{look}" alt="{html.escape(alt)}" src="{source}">'
+        look = 'role="status" class="dddm-message" style="line-height:1.4"'
+        self.html.value = f"{image}<div {look}>{html.escape(sentence)}</div>"
 
     def fail(self, error: Exception) -> None:
         "Show what went wrong."
@@ -584,6 +583,7 @@ class Row:
     def __init__(self, options, value):
         self.model, self.frame = choice(options, "model", value=value), Frame(HEIGHT)
         self.trajectory, self.name = None, ""
+        self.model.layout.width = "420px"
 
 # %% ../nbs/13_explore.ipynb #13-explore-step-explorer
 class StepExplorer(Explorer):

@@ -251,9 +251,9 @@ def random_model(objective):
 
 
 def test_rows_of_mnist_start_from_the_same_noise(monkeypatch):
-    """MeanFlow and the paper's objective, 28x28, told the classes: each row is what `sample` makes of the same seed.
+    """MeanFlow and the paper's objective, 28x28, told the classes: a row is what `sample` makes of the seed.
 
-    The number in a frame is that of its picture. The rows keep in step while they are computed.
+    The number in a frame is that of its picture, also where a row ends before the slider does.
     """
     monkeypatch.setitem(explore.LONGEST, "meanflow", 10)
     models = random_model("meanflow"), random_model("paper")
@@ -690,17 +690,18 @@ def cell(containing):
     reason="no chromium, chromium-browser or google-chrome on the PATH: apt-get install chromium",
 )
 @pytest.mark.parametrize("app, path", [("jupyterlab", "lab/tree"), ("notebook", "notebooks")])
-def test_slider_in_a_browser(root, tmp_path, app, path):
+@pytest.mark.parametrize("name", ["play", "13_explore"])
+def test_slider_in_a_browser(root, tmp_path, name, app, path):
     "Run All; drag the slider, press its arrow keys: the picture changes, and nothing shows an error."
     pytest.importorskip("websocket")
     pytest.importorskip(app, reason=f"{app} is not installed")
-    shutil.copytree(
-        root / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("[01][01]*.ipynb", "train.ipynb")
-    )
+    shutil.copytree(root / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("0*.ipynb", "train.ipynb"))
     with server(app, tmp_path) as address:
-        page = Page(tmp_path / "browser", f"{address}/{path}/nbs/13_explore.ipynb?token=explore")
+        page = Page(tmp_path / "browser", f"{address}/{path}/nbs/{name}.ipynb?token=explore")
         try:
-            drive(page, tmp_path, arrows=app == "jupyterlab")
+            run_all(page)
+            drive(page, name, tmp_path, arrows=app == "jupyterlab")
+            assert page.js(ERRORS) == [] and page.js(STDERR) == 0 and page.js(BROKEN) == 0
         finally:
             page.shot(tmp_path / "last.png")
             page.close()
@@ -722,18 +723,19 @@ class Widget:
         self.page, self.name, number = page, name, page.js(cell(source))
         self.node = f"{PANEL}.content.widgets[{number}].node"
         self.picture = f"{self.node}.querySelector('.widget-html img')"
-        self.message = f"{self.node}.querySelector('.dddm-message').textContent"
+        self.box = f"{self.node}.querySelector('.jp-OutputArea-output .widget-vbox')"
+        self.message = f"[...{self.node}.querySelectorAll('.dddm-message')].map(e => e.textContent).join(' ')"
         self.handle = f"{self.node}.querySelector('.noUi-handle')"
         there = f"nb.activeCellIndex = {number}; nb.scrollToItem({number}, 'start')"
         page.js(f"(nb => {{ {there} }})({PANEL}.content)")
         wait_for("the widget", lambda: page.js(f"{self.picture}?.width > 100"))
-        page.js(f"{self.node}.querySelector('.jp-OutputArea-output .widget-vbox').scrollIntoView()")
+        page.js(f"{self.box}.scrollIntoView()")
         self.seen = [self.look()]
 
     def still(self):
-        before = self.page.box(self.picture)
+        before = self.page.box(self.box)
         time.sleep(0.5)
-        return before[2] > 100 and self.page.box(self.picture) == before and before
+        return before[2] > 100 and self.page.box(self.box) == before and before
 
     def look(self):
         """The picture and the message beside it, once it has stayed in its place.
@@ -768,8 +770,17 @@ class Widget:
         send = "s.dispatchEvent(new Event('change', {bubbles: true}))"
         self.page.js(f"(s => {{ s.selectedIndex = {option}; {send} }})({self.menu(number)})")
 
+    def keeps_its_height(self, seconds=2):
+        "Whether the box is as high as it was, whenever it is looked at for a while."
+        height, end = self.page.box(self.box)[3], time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.page.box(self.box)[3] != height:
+                return False
+        return True
 
-def drive(page, folder, arrows):
+
+def run_all(page):
+    "Run all cells of the notebook on a page."
     wait_for(
         "the notebook",
         lambda: page.js(f"typeof jupyterapp !== 'undefined' && !!{PANEL}?.content?.widgets?.length"),
@@ -778,41 +789,53 @@ def drive(page, folder, arrows):
     page.js(f"jupyterapp.shell.activateById({PANEL}.id)")
     page.js("jupyterapp.commands.execute('notebook:run-all-cells').then(() => 1)")
     assert page.js(ERRORS) == []
-    for name, source, moves in (
-        ("step", "explorer = StepExplorer()", (300, -120)),
+
+
+WIDGETS = {  # notebook: a name of a widget, words of its cell, pixels to drag
+    "play": [("step", "StepExplorer(", (-100, 120))],
+    "13_explore": [
         ("plane", "plane = MixtureExplorer(ring, models)", (250,)),
         ("panel", "panel = DistanceExplorer()", (-100,)),
-    ):
+    ],
+}
+
+
+def drive(page, notebook, folder, arrows):
+    "Move what there is to move."
+    for name, source, moves in WIDGETS[notebook]:
         widget = Widget(page, name, source)
         for dx in moves:
             page.drag(widget.handle, dx)
             widget.changed(f"a drag by {dx} pixels")
         page.shot(folder / f"{name}.png")
-        if name != "panel":
-            widget.type("3")
-            widget.changed("a number in the field")
         page.js(f"{widget.handle}.focus()")
         for key in ("ArrowLeft", "ArrowRight") if arrows else ():  # Notebook 7 does not let them through
             page.key(key)
             widget.changed(key)
+        if name != "panel":
+            widget.type("3")
+            assert widget.keeps_its_height()
+            widget.changed("a number in the field")
         if name == "step":
             choose_models(page, widget, folder)
         assert page.js(f"{widget.node}.querySelectorAll('.dddm-wrong').length") == 0
-    assert page.js(STDERR) == 0 and page.js(BROKEN) == 0
 
 
 def choose_models(page, widget, folder):
-    "The second shipped model has classes: its control appears, and works. The third one is re-noised."
-    widget.pick(0, 1)
-    widget.changed("another model")
-    shown = f"(s => s.offsetParent !== null && s.options.length)({widget.menu(1)})"
-    wait_for("the classes", lambda: page.js(shown) == 11)
-    widget.pick(1, 4)
+    """The second row's model has classes, so their menu is there. The first row's first model has none.
+
+    The third model is re-noised, and says so.
+    """
+    classes = "the classes", lambda: page.js(f"{widget.menu(0)}.options.length") == 11
+    wait_for(*classes)
+    widget.pick(0, 4)
+    assert widget.keeps_its_height()
     widget.changed("a class")
     page.shot(folder / "class.png")
-    widget.pick(0, 2)
-    widget.changed("a third model")
+    widget.pick(1, 2)
     wait_for("the words on its sampler", lambda: "of re-noising" in page.js(widget.message))
-    what = "the menu of classes to say what is shown"
-    wait_for(what, lambda: page.js(f"{widget.menu(1)}.selectedIndex") == 0)
+    wait_for("the curves", lambda: page.js(f"{widget.node}.querySelectorAll('img').length") == 3, 400)
+    widget.changed("another model")
+    wait_for(*classes)
+    assert page.js(f"{widget.menu(0)}.selectedIndex") == 4  # the class that was chosen stays
     page.shot(folder / "few.png")
