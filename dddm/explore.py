@@ -387,7 +387,7 @@ def curves(trajectory: Trajectory, data: Images | None = None) -> dict[str, Curv
 
 # %% ../nbs/13_explore.ipynb #13-explore-curves
 class Line(NamedTuple):
-    "What a figure shows of one model."
+    "What a figure shows of one model. No legend tells a name that begins with _."
 
     name: str
     model: DDDM
@@ -422,10 +422,11 @@ def draw_panel(ax, title: str, lines: list[Line]) -> None:
     ax.set(xscale="log", xlabel="sampling steps", yscale="linear" if linear else "log")
     ax.set_xlim(left=0.9)
     if linear:
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     ax.set_title(title, fontsize=10)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7)
 
 
 def curves_figure(lines: list[Line]):
@@ -447,7 +448,7 @@ def steps_figure(trajectory: Trajectory, steps=None, data: Images | None = None)
     if steps is None:
         steps = [s for s in (1, 2, 5, 20, 100, 1000) if s in trajectory.kept()]
     rows = [trajectory.samples(s)[:20] for s in steps]
-    lines = [Line("this model", trajectory.model, curves(trajectory, data))]
+    lines = [Line("_", trajectory.model, curves(trajectory, data))]
     heights, titles = (0.5 * len(rows), 2.4), curve_titles(lines)
     figure = new_figure(8, sum(heights))
     top, bottom = figure.subfigures(2, 1, height_ratios=heights)

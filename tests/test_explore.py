@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.request
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -686,12 +687,17 @@ def cell(containing):
     reason="no chromium, chromium-browser or google-chrome on the PATH: apt-get install chromium",
 )
 @pytest.mark.parametrize("app, path", [("jupyterlab", "lab/tree"), ("notebook", "notebooks")])
-@pytest.mark.parametrize("name", ["play", "13_explore"])
+@pytest.mark.parametrize("name", ["play", "others"])
 def test_slider_in_a_browser(root, tmp_path, name, app, path):
     "Run All; drag the slider, press its arrow keys: the picture changes, and nothing shows an error."
     pytest.importorskip("websocket")
     pytest.importorskip(app, reason=f"{app} is not installed")
-    shutil.copytree(root / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("0*.ipynb", "train.ipynb"))
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(root / "nbs" / "play.ipynb", tmp_path / "nbs")
+    cells = [nbformat.v4.new_code_cell(source) for source in OTHERS]
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3"))
+    others = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(others, tmp_path / "nbs" / "others.ipynb")
     with server(app, tmp_path) as address:
         page = Page(tmp_path / "browser", f"{address}/{path}/nbs/{name}.ipynb?token=explore")
         try:
@@ -703,6 +709,16 @@ def test_slider_in_a_browser(root, tmp_path, name, app, path):
             page.close()
 
 
+OTHERS = (  # a notebook of the other two sliders
+    """import torch
+from dddm.explore import DistanceExplorer, MixtureExplorer
+from dddm.model import DDDM
+from dddm.schedule import VPSchedule
+from dddm.toy import RingNet, eight_gaussians
+ring, model = eight_gaussians(), DDDM(RingNet(generator=torch.Generator().manual_seed(0)), VPSchedule())""",
+    "MixtureExplorer(ring, dict(random=model), n=50, steps=100)",
+    "DistanceExplorer()",
+)
 OUTPUTS = f"""{PANEL}.content.widgets
     .filter(c => c.model.type === 'code').flatMap(c => c.model.sharedModel.outputs)"""
 ERRORS = f"""{OUTPUTS}.filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)"""
@@ -789,10 +805,7 @@ def run_all(page):
 
 WIDGETS = {  # notebook: a name of a widget, words of its cell, pixels to drag
     "play": [("step", "StepExplorer(", (-100, 120))],
-    "13_explore": [
-        ("plane", "plane = MixtureExplorer(ring, models)", (250,)),
-        ("panel", "panel = DistanceExplorer()", (-100,)),
-    ],
+    "others": [("plane", "MixtureExplorer(ring", (250,)), ("panel", "DistanceExplorer()", (-100,))],
 }
 
 
