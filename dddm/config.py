@@ -78,7 +78,7 @@ class TrainConfig:
     objective: str          = option("paper",        "a name of dddm.objectives.OBJECTIVES")
     estimate: str | None    = option(None,           "what fills the estimate; None: the objective's own")
     levels: tuple           = option((10, 80),       "fewest and most noise levels, for consistency")
-    level_distribution: str = option("lognormal",    "how they are drawn: lognormal, uniform, rising")
+    level_distribution: str = option("lognormal",    "lognormal, uniform, rising or shrinking")
     derivative: str         = option("difference",   "of meanflow: difference, or the slower exact jvp")
     guidance: float         = option(1.0,            "weight of the class, for meanflow; 1: no guidance")
     label_dropout: float    = option(0.0,            "share of labels that meanflow hides, in [0, 1)")
@@ -121,7 +121,7 @@ class TrainConfig:
 # %% ../nbs/09_config.ipynb #09-config-009
 CHOICES = dict(
     objective=tuple(OBJECTIVES),
-    level_distribution=LEVEL_DISTRIBUTIONS,
+    level_distribution=(*LEVEL_DISTRIBUTIONS, "shrinking"),
     derivative=DERIVATIVES,
     sampler=tuple(SAMPLERS),
     on_error=("stop", "skip"),
@@ -313,13 +313,19 @@ def epoch_batches(
     taken = n // batch if drop_last else steps
     return [[s[cuts[r][k] : cuts[r][k + 1]] for r, s in enumerate(shares)] for k in range(taken)]
 
+# %% ../nbs/09_config.ipynb #09-config-028b
+def spread_evenly(n: int, g: torch.Generator, device) -> torch.Tensor:
+    "Uniform numbers [n], one in each n-th of (0, 1), in random order."
+    order = torch.randperm(n, generator=g, device=device)
+    return (order + torch.rand(n, generator=g, device=device)) / n
+
 # %% ../nbs/09_config.ipynb #09-config-029
 def draw(config: TrainConfig, step: int, n: int, device="cpu") -> dict[str, torch.Tensor]:
     r"""Step `step`'s random draws for n samples, by name, on `device`.
 
     They are those that the configuration's objective uses; see `dddm.objectives.Batch`.
     t: long [n] ~ U{1..T}. noise, estimate_noise, estimate_noise_below: [n, C, H, W] ~ N(0, I).
-    u: [n] ~ U(0, 1), one in each n-th of (0, 1), in random order. flips: bool [n], true with probability 1/2.
+    u: [n], uniforms: [n, 4], each column by `spread_evenly`. flips: bool [n], true with probability 1/2.
     """
     shape = (n, *config.shape)
     g = generator(device, config.seed, "step", step)
@@ -335,10 +341,9 @@ def draw(config: TrainConfig, step: int, n: int, device="cpu") -> dict[str, torc
     if estimate in ("noise", "shuffled", "self"):
         draws["estimate_noise"] = torch.randn(shape, generator=g, device=device)
     if further == "uniforms":
-        draws["uniforms"] = torch.rand(n, 4, generator=g, device=device)
+        draws["uniforms"] = torch.stack([spread_evenly(n, g, device) for _ in range(4)], 1)
     if further == "u":
-        order = torch.randperm(n, generator=g, device=device)
-        draws["u"] = (order + torch.rand(n, generator=g, device=device)) / n
+        draws["u"] = spread_evenly(n, g, device)
     if further == "u" and "estimate_noise" in draws:
         draws["estimate_noise_below"] = torch.randn(shape, generator=g, device=device)
     return draws

@@ -51,7 +51,7 @@ from dddm.sampling import (
     renoise,
     sampling_dtype,
 )
-from .store import decode, encode, seeded_normal, to_device, whole_file
+from .store import decode, encode, seeded_normal, to_device, whole_file, with_checksum, without_checksum
 from .tables import PAPER, Measurement, beside_paper, load_results, mean_range, save_results, table
 
 # %% ../nbs/11b_evaluation.ipynb #11b-evaluation-006
@@ -142,7 +142,7 @@ def write_images(path: Path, kept: KeptImages, identity: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     about = dict(identity=json.dumps(identity), steps=str(kept.steps), sha256=tensor_hash(kept.images))
     with whole_file(path) as part:
-        save_file({"images": kept.images}, part, about)
+        save_file({"images": kept.images}, part, with_checksum(about))
 
 
 def read_images(path: Path, identity: dict) -> KeptImages:
@@ -151,7 +151,7 @@ def read_images(path: Path, identity: dict) -> KeptImages:
         return KeptImages()
     try:
         with safe_open(path, "pt") as f:
-            about, x = f.metadata(), f.get_tensor("images")
+            about, x = without_checksum(f.metadata() or {}), f.get_tensor("images")
         if json.loads(about["identity"]) != identity:
             fault = "it belongs to other samples"
         elif tensor_hash(x) != about["sha256"]:

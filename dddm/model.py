@@ -80,7 +80,7 @@ class Boundary(nn.Module):
 
 # %% ../nbs/02_reformulation.ipynb #02-reformulation-c2
 class MeanVelocity(nn.Module):
-    r"""$F_\theta = \theta_t\,u_\theta(x_t, 0, \theta_t)$, where the network gives u, an average velocity.
+    r"""$F = \theta_t\,u(x_t, 0, \theta_t)$, where the network gives u, an average velocity.
 
     net: called as `net(x, angle, x0_estimate, label, span)`; it gives $u(x, r, \theta)$, with span = θ - r.
     F is 0 where the angle is: the boundary condition of (2) is exact.

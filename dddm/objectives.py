@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .checks import refuse_unknown
-from .levels import intervals, level_count
+from .levels import intervals, level_count, sigma
 from .model import DDDM, AngleTime, Boundary, MeanVelocity
 from .sampling import SAMPLERS
 from .schedule import VPSchedule
@@ -131,6 +131,24 @@ def published_code(model, d, batch: Batch, estimate: str = "store"):
     value = batch.weight * d(x_hat, batch.x0) + (1 - batch.weight) * d(x_hat, batch.stored)
     return value, batch.x0
 
+# %% ../nbs/08c_objectives.ipynb #08c-objectives-033
+STAGES = 8
+
+
+def draw_gaps(batch: Batch, schedule: VPSchedule) -> Batch:
+    r"""`batch` with `t`, `t_below` and `weight`, whose gap shrinks in training (Geng et al. 2024, ECT).
+
+    $\ln\sigma_t \sim N(-1.1, 2^2)$ and $\sigma_s = (1 - 2^{-k})\,\sigma_t$, rounded to steps, in eight equal
+    stages k = 0 … 7. At k = 0 the level below is the data: the training begins as a diffusion model.
+    """
+    s = sigma(schedule)
+    z = torch.special.ndtr((s.log() + 1.1) / 2)
+    t = torch.searchsorted((z - z[0]) / (z[-1] - z[0]), batch.u.double().cpu()).clamp(1, schedule.T)
+    share = 1 - 0.5 ** int(batch.progress * STAGES)
+    below = torch.minimum(torch.searchsorted(s, share * s[t]), t - 1)
+    here, weight = batch.x0.device, (1 / (s[t] - s[below])).float()
+    return replace(batch, t=t.to(here), t_below=below.to(here), weight=weight.to(here))
+
 # %% ../nbs/08c_objectives.ipynb #08c-objectives-034
 def draw_levels(
     batch: Batch, schedule: VPSchedule, level_range: tuple = (10, 80), distribution: str = "lognormal"
@@ -139,8 +157,10 @@ def draw_levels(
     its `weight`.
 
     The intervals are those of `dddm.levels.intervals`, with `level_count(batch.progress, *level_range)`
-    levels. Runs on the device of `batch.u`.
+    levels; "shrinking" is `draw_gaps` instead. Runs on the device of `batch.u`.
     """
+    if distribution == "shrinking":
+        return draw_gaps(batch, schedule)
     count = level_count(batch.progress, *level_range)
     device = batch.u.device if batch.u.device.type != "mps" else "cpu"  # MPS has no float64
     times, cumulative, weight = intervals(schedule, count, distribution, batch.progress, device)
@@ -176,9 +196,9 @@ def consistency(model, d, batch: Batch, estimate: str = "self"):
 def draw_angles(batch: Batch, schedule: VPSchedule, *levels) -> Batch:
     r"""`batch` with the ends of an interval of angles, `angle` θ and `below` r; and `t`, the step at θ.
 
-    An angle is with equal chance uniform in [0, $\theta_T$], or that of $\ln\sigma \sim N(0, 1.6^2)$. θ is
-    the larger of two such. In even rows r is the smaller, or with probability 0.35 it is 0. In odd rows
-    r = θ, and one angle is drawn. levels: not used.
+    An angle is with equal chance uniform in [0, $\theta_T$], or that of $\ln\sigma \sim N(0, 1.6^2)$. In even
+    rows θ is the larger of two such, and r the smaller, or with probability 0.35 it is 0. In odd rows θ is
+    one such, and r = θ. t is the first step at or above θ. levels: not used.
     """
     at_end = torch.full((len(batch.uniforms),), schedule.T, device=batch.uniforms.device)
     last = schedule.angle(at_end, batch.uniforms)[:, None]
@@ -201,14 +221,18 @@ def change_along_flow(net, x, below, angle, v, label, how: str) -> torch.Tensor:
     r"""$du/d\theta = v\cdot\nabla_x u + \partial_\theta u$, shaped like x: the change of u on a path.
 
     net: a `MeanVelocity`; x, v: [B, …], places and velocities; below r, angle θ: [B]. how: "jvp" is exact,
-    "difference" takes the mean slope between θ - 0.01 and θ + 0.01.
+    "difference" takes the mean slope over an angle of 0.02 around θ, none of it above the last angle.
     """
     u = lambda x, angle: net.velocity(x, below, angle, label)
     if how == "jvp":
         with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention have no forward derivative
             return torch.func.jvp(u, (x, angle), (v, torch.ones_like(angle)))[1]
     h = 0.01
-    return (u(x + h * v, angle + h) - u(x - h * v, angle - h)) / (2 * h)
+    at_end = torch.full((len(x),), net.schedule.T, device=x.device)
+    above = (angle + h).minimum(net.schedule.angle(at_end, angle))  # no angle above the last is ever trained
+    below_it = above - 2 * h
+    up, down = (u(x + per_image(a - angle, x) * v, a) for a in (above, below_it))
+    return (up - down) / (2 * h)
 
 
 def per_image(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -227,9 +251,9 @@ def guided(net, x, v, batch: Batch, label) -> torch.Tensor:
 
 # %% ../nbs/08c_objectives.ipynb #08c-objectives-m4
 def meanflow(model, d, batch: Batch, estimate: str = "none"):
-    r"""$d\big(u_\theta,\ \mathrm{stop\_gradient}[v - (\theta - r)\,du_\theta/d\theta]\big)$ [B].
+    r"""$d\big(u,\ \mathrm{stop\_gradient}[v - (\theta - r)\,du/d\theta]\big)$ [B], and None: no rows.
 
-    Second comes None, since it stores nothing (Geng et al. 2025). model: its net is a `MeanVelocity`. The
+    u is the network's (Geng et al. 2025). model: its net is a `MeanVelocity`. The
     angles are those of `draw_angles`, whose odd rows have r = θ: there the target is v. With a
     `batch.guidance` other than 1, `guided` makes v. `batch.derivative`: see `change_along_flow`.
     """

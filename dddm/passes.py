@@ -30,7 +30,7 @@ from .features import trunk
 from .losses import distance
 from .model import DDDM
 from .objectives import OBJECTIVES, Batch, estimate_of, needs_store
-from .runs import open_directory, size_text
+from .runs import open_directory, run_identity, size_text
 from .sampling import has_bfloat16
 from .store import EstimateStore, queued, to_device, whole_file
 from .unet import UNet, seed_dropout
@@ -186,6 +186,7 @@ class Run:
     compute:         Callable                # `pass_value`, or it as one compiled graph
     compiled:        bool        = False
     done:            int         = 0         # steps
+    logged:          int         = 0         # the step of the last line in history.jsonl
     resumed:         bool        = False     # this start went on from a checkpoint,
     first_step:      int         = 0         # and this was its step
     earlier_micro_batch: int | None = None   # that of the start before
@@ -252,7 +253,7 @@ def open_run(
     accelerator.wait_for_everyone()
     run = place_run(config, out, accelerator, data, d, model, len(batches))
     if run.store is not None and hold is not None:
-        hold.enter_context(run.store.owned((out / ".id").read_text(), str(out.absolute())))
+        hold.enter_context(run.store.owned(run_identity(out), str(out.absolute())))
     return run
 
 # %% ../nbs/09b_passes.ipynb #09b-passes-016-part0

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from .checks import check_count, check_finite
-from .store import whole_file
+from .store import whole_file, with_checksum, without_checksum
 
 # %% ../nbs/06a_pictures.ipynb #06a-pictures-005a
 def eight_bits(images: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ def keep_images(rows: dict, path) -> None:
     for name, x in rows.items():
         packed[name] = base64.b64encode(zlib.compress(eight_bits(x).numpy().tobytes(), 9)).decode()
     with whole_file(path) as part:
-        part.write_text(json.dumps(dict(shape=shapes.pop(), rows=packed), indent=0))
+        part.write_text(json.dumps(with_checksum(dict(shape=shapes.pop(), rows=packed)), indent=0))
 
 
 def kept_images(path) -> dict[str, torch.Tensor]:
@@ -97,7 +97,7 @@ def kept_images(path) -> dict[str, torch.Tensor]:
     """
     rows = {}
     try:
-        found = json.loads(Path(path).read_text())
+        found = without_checksum(json.loads(Path(path).read_text()))
         for name, text in found["rows"].items():
             pixels = bytearray(zlib.decompress(base64.b64decode(text)))
             rows[name] = torch.frombuffer(pixels, dtype=torch.uint8).reshape(-1, *found["shape"]) / 127.5 - 1

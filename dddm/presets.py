@@ -30,6 +30,7 @@ ADM32  = dict(base=128, multipliers=(1, 2, 2, 2), blocks=3, dropout=0.3, attenti
 DEEP32 = dict(base=128, multipliers=(1, 2, 2, 2), blocks=6, dropout=0.3, attention=(16, 8), estimate=(16, 8))
 ADM64  = dict(base=192, multipliers=(1, 2, 3, 4), blocks=3, dropout=0.0, attention=(16, 8), estimate=(16, 8))
 DEEP64 = dict(base=192, multipliers=(1, 2, 3, 4), blocks=6, dropout=0.0, attention=(16, 8), estimate=(16, 8))
+CODE32 = ADM32 | dict(dropout=0.0, head_channels=128, estimate_positions=False, transformer=True)
 NET96  = dict(base=96,  multipliers=(1, 2, 2),    blocks=2, dropout=0.1, attention=(16, 8), estimate=(16, 8))
 NET32  = dict(base=32,  multipliers=(1, 2, 2),    blocks=1, dropout=0.0, attention=(8,),    estimate=(16, 8))
 NET28  = dict(base=16,  multipliers=(1, 2, 2),    blocks=1, dropout=0.0, attention=(7,),    estimate=(14, 7))
@@ -48,6 +49,10 @@ SMALL = dict(batch=128,  distance="pseudo_huber", ema=0.9999, ema_warmup=True,  
 PAPER = dict(batch=1024, distance="pseudo_lpips", ema=0.9999, ema_warmup=False, store_dtype="float32")
 F16   = dict(store_dtype="float16")
 
+# what the published code has in the place of the paper's or our choices
+CODE  = dict(objective="published_code", beta_min=0.01, beta_max=50.0, c=1.4e-4,
+             distance_options=dict(square=False, resize=224))
+
 ALGORITHM_1 = {
     # small, for a laptop (ours)
     "digits":          dict(DIGITS | SMALL,           net=TINY32, T=1000, epochs=60,   lr=1e-3),
@@ -59,6 +64,8 @@ ALGORITHM_1 = {
     "cifar10-T4000":   dict(CIFAR10 | PAPER,          net=ADM32,  T=4000, epochs=4000, lr=2e-4),
     "cifar10-T8000":   dict(CIFAR10 | PAPER,          net=ADM32,  T=8000, epochs=8000, lr=2e-4),
     "cifar10-deep":    dict(CIFAR10 | PAPER,          net=DEEP32, T=1000, epochs=1000, lr=2e-4),
+    # what the authors' code trains there
+    "cifar10-published": dict(CIFAR10 | PAPER | CODE, net=CODE32, T=4000, epochs=8000, lr=1e-4),
     # the paper's models of ImageNet 64x64, told the class
     "imagenet64":      dict(IMAGENET64 | PAPER | F16, net=ADM64,  T=1000, epochs=520,  lr=1e-4, classes=1000),
     "imagenet64-deep": dict(IMAGENET64 | PAPER | F16, net=DEEP64, T=1000, epochs=520,  lr=1e-4, classes=1000),

@@ -11,19 +11,24 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import uuid
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .config import RESUMABLE, TrainConfig, build, has_type
 from .data import KNOWN
 from .model import DDDM
-from .store import lock, whole_file, with_checksum, without_checksum
+from .store import lock, lock_folder, named_errors, whole_file, with_checksum, without_checksum
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-005
 def fsync(path: Path) -> None:
@@ -72,10 +77,11 @@ def seal_checkpoint(temporary: Path, keep: int = 2) -> Path:
     manifest = {
         p.name: dict(bytes=p.stat().st_size, sha256=digest) for p, digest in zip(files, sha256_of(files))
     }
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    (temporary / "manifest.json").write_text(json.dumps(with_checksum(manifest), indent=1))
     for p in [*temporary.iterdir(), temporary]:
         fsync(p)
     final = temporary.with_name(temporary.name.removeprefix("."))
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
     temporary.rename(final)
     fsync(final.parent)
     for old in checkpoints(final.parent)[:-keep]:
@@ -99,39 +105,103 @@ def is_manifest(found) -> bool:
     )
 
 
+def read_manifest(checkpoint: Path) -> dict:
+    "A checkpoint's {name: {bytes, sha256}}; `ValueError` that says what is wrong with its manifest."
+    try:
+        found = json.loads((checkpoint / "manifest.json").read_text())
+        found = without_checksum(found) if isinstance(found, dict) else found
+    except (OSError, ValueError, RecursionError) as e:
+        raise ValueError(f"manifest.json cannot be read ({e})") from None
+    if not is_manifest(found):
+        raise ValueError("manifest.json does not list the files of a checkpoint")
+    return found
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None for a whole one.
 
     Every file of the manifest must be there, as long as it was, with its sha256.
     """
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-    except (OSError, ValueError) as e:
-        return f"manifest.json cannot be read ({e})"
-    if not is_manifest(manifest):
-        return "manifest.json does not list the files of a checkpoint"
-    for name, was in manifest.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != was["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {was['bytes']}"
-    for name, digest in zip(manifest, sha256_of([checkpoint / name for name in manifest])):
-        if digest != manifest[name]["sha256"]:
-            return f"{name} does not match its sha256"
+        manifest = read_manifest(checkpoint)
+        for name, was in manifest.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != was["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {was['bytes']}"
+        for name, digest in zip(manifest, sha256_of([checkpoint / name for name in manifest])):
+            if digest != manifest[name]["sha256"]:
+                return f"{name} does not match its sha256"
+    except ValueError as e:
+        return str(e)
+    except OSError as e:
+        return f"a file cannot be read ({e})"
     return None
+
+# %% ../nbs/09a_runs.ipynb #09a-runs-009-part0
+def tensors_in(value):
+    "All tensors in nested dicts and lists."
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(inner)
+
+
+def read_unlisted(path: Path):
+    "What a checkpoint's file holds; `ValueError` where its structure, or PyTorch's checksums, are wrong."
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with zipfile.ZipFile(path) as z:
+            if bad := z.testzip():
+                raise ValueError(f"{bad} does not match its checksum")
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (SafetensorError, zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError) as e:
+        raise ValueError(str(e)) from e
+
+
+def damage_without_manifest(checkpoint: Path) -> str | None:
+    "What is wrong with the files of a checkpoint whose manifest is lost; None where they may be used."
+    names = ["model.safetensors", "ema.safetensors", "state.pt"]
+    for path in [checkpoint / name for name in names] + sorted(checkpoint.glob("store-*.pt")):
+        try:
+            numbers = [v for v in tensors_in(read_unlisted(path)) if v.is_floating_point()]
+        except (OSError, ValueError) as e:
+            return f"{path.name} cannot be read ({e})"
+        if not all(v.isfinite().all() for v in numbers):
+            return f"{path.name} has non-finite values"
+    return None
+
+
+def has_manifest(checkpoint: Path) -> bool:
+    "Whether a checkpoint's manifest is whole; what it says of the files may still not hold."
+    try:
+        return bool(read_manifest(checkpoint))
+    except ValueError:
+        return False
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-010
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest undamaged checkpoint of a run, None where there is none yet.
 
-    A damaged one is passed over with a warning that names the fault; if all are damaged: `ValueError`.
+    A damaged one is passed over with a warning that names the fault. Where no checkpoint is whole, the newest
+    counts of those that only lack a manifest; a warning says what could not be verified.
+    Raises `ValueError` where all others are damaged, too.
     """
     found = checkpoints(Path(run) / "checkpoints")
     for checkpoint in reversed(found):
         if (fault := damage(checkpoint)) is None:
             return checkpoint
         warnings.warn(f"checkpoint {checkpoint} is damaged: {fault}; trying the one before it")
+    for checkpoint in reversed(found):
+        if not has_manifest(checkpoint) and damage_without_manifest(checkpoint) is None:
+            warnings.warn(
+                f"checkpoint {checkpoint} is used without its manifest: its files have the right structure "
+                "and finite numbers; whether a weight has changed cannot be verified"
+            )
+            return checkpoint
     if found:
         raise ValueError(
             f"every checkpoint in {Path(run) / 'checkpoints'} is damaged; "
@@ -253,12 +323,19 @@ def claim_directory(config: TrainConfig, out: Path, resume: bool = True) -> None
 def locked(out: Path):
     """Within, no other process trains in `out`: `FileExistsError` where one does.
 
-    The lock ends with its process, however that ends.
+    The lock ends with its process, however that ends. Where the system can, the folder itself is locked as
+    well, so that removing `.lock` lets nobody in.
     """
+    refusal = f"another process is training in {out}; wait for it, stop it, or choose another directory"
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as f:
-        lock(f, f"another process is training in {out}; wait for it, stop it, or choose another directory")
+    with open(out / ".lock", "w") as f, lock_folder(out, refusal):
+        lock(f, refusal)
         yield
+
+
+def run_identity(out: Path) -> str:
+    "Who the run in `out` is, for its store's file."
+    return (out / ".id").read_text(errors="replace")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-019
 def drop_checkpoints(out: Path, back: int) -> None:
@@ -325,6 +402,7 @@ def size_text(n: float) -> str:
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-023
 NUMBERS = dict(history=("epoch", "loss"), speed=("seconds", "images_per_second"))  # besides the step
+NAMES = {"step", "loss_by_t", "closing", "memory", *NUMBERS["history"], *NUMBERS["speed"]}
 
 
 class Line(NamedTuple):
@@ -341,10 +419,18 @@ def parse_line(line: bytes, kind: str) -> dict | None:
         record = without_checksum(record) if isinstance(record, dict) else None
     except (ValueError, RecursionError):
         return None
-    if record is None or type(record.get("step")) is not int:
-        return None
+    if record is None or type(record.get("step")) is not int or set(record) - NAMES:
+        return None  # of a damaged name, too: that of the checksum would take the check with it
     whole = all(has_type(record.get(name), float) for name in NUMBERS[kind])
     return record if whole and (kind != "history" or is_quarters(record.get("loss_by_t"))) else None
+
+
+def holds_object(text: bytes) -> bool:
+    "Whether this begins with a whole JSON object, which a line that a kill cut short does not."
+    try:
+        return isinstance(json.JSONDecoder().raw_decode(text.decode(errors="replace"))[0], dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def is_quarters(value) -> bool:
@@ -358,45 +444,74 @@ def read_lines(path: Path) -> list[Line]:
     A torn last line is dropped. A damaged line has None for a record, and a warning names it.
     """
     *lines, last = path.read_bytes().split(b"\n")
-    if parse_line(last, path.stem):
-        lines.append(last)  # only its line break is missing
+    if holds_object(last):
+        lines.append(last)  # its line break is missing, or damaged
     found = [Line(text, parse_line(text, path.stem)) for text in lines]
     for number, line in enumerate(found, 1):
         if line.record is None:
             warnings.warn(f"line {number} of {path} is damaged; the lines after it are read")
     return found
 
+# %% ../nbs/09a_runs.ipynb #09a-runs-024
+def warn_of_lost_lines(run: Path, records: list[dict]) -> None:
+    "A warning where history.jsonl lacks the line that was the last one when the newest checkpoint was made."
+    there = {0, *(record["step"] for record in records)}
+    for checkpoint in checkpoints(run / "checkpoints")[-1:]:
+        try:
+            state = torch.load(checkpoint / "state.pt", map_location="cpu", mmap=True, weights_only=True)
+            ended = (
+                state["ended"] == read_config(run).epochs
+            )  # a run that goes on has dropped its closing line
+            wanted = [state["logged"]] + [step_of(checkpoint)] * ended
+        except Exception:
+            return  # of an earlier version, or damaged: `newest_checkpoint` says so
+        if lost := [step for step in wanted if step not in there]:
+            warnings.warn(
+                f"{run / 'history.jsonl'} has no line of step {lost[-1]}, which was there when "
+                f"{checkpoint.name} was made: lines at its end are lost"
+            )
+
 # %% ../nbs/09a_runs.ipynb #09a-runs-023-part0
 def append_record(out: Path, kind: str, record: dict) -> None:
     "Add a line to `kind`.jsonl, with its checksum."
-    with open(out / f"{kind}.jsonl", "a") as f:
+    path = out / f"{kind}.jsonl"
+    with named_errors(path), open(path, "a") as f:
         f.write(json.dumps(with_checksum(record)) + "\n")
 
 
-def trim_history(out: Path, done: int, steps: int) -> None:
-    """Drop lines after step `done` of a run of `steps` steps.
+def trim_history(out: Path, done: int, steps: int) -> int:
+    """Drop lines after step `done` of a run of `steps` steps; returns the step of the last line that is left.
 
-    So do the closing line of a run that goes on, and a line that a kill cut short.
+    The closing line of a run that goes on is dropped, too, as is a line that a kill cut short.
     """
+    last = 0
     stays = lambda record: record["step"] <= done and not (record.get("closing") and done < steps)
     for kind in NUMBERS:
         path = out / f"{kind}.jsonl"
+        lines = read_lines(path) if path.exists() else []
+        if kind == "history":
+            warn_of_lost_lines(out, [line.record for line in lines if line.record])
         if not path.exists():
             continue
-        lines = read_lines(path)
         end = max((k for k, line in enumerate(lines, 1) if line.record and stays(line.record)), default=0)
         keep = [line.text + b"\n" for line in lines[:end] if line.record is None or stays(line.record)]
+        if kind == "history" and end:
+            last = lines[end - 1].record["step"]
         with whole_file(path) as part:
             part.write_bytes(b"".join(keep))
+    return last
 
-# %% ../nbs/09a_runs.ipynb #09a-runs-024
+# %% ../nbs/09a_runs.ipynb #09a-runs-024-part0
 def history(run_directory) -> list[dict]:
     """The run's history: dicts with step, epoch, loss, loss_by_t.
 
     The losses are means since the line before; loss_by_t by quarter of t, from small to large.
+    A warning names each damaged line, and says where lines at the end are lost.
     """
-    path = Path(run_directory).expanduser() / "history.jsonl"
-    return [line.record for line in read_lines(path) if line.record]
+    run = Path(run_directory).expanduser()
+    records = [line.record for line in read_lines(run / "history.jsonl") if line.record]
+    warn_of_lost_lines(run, records)
+    return records
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-028
 def grid_path(out: Path, step: int) -> Path:
@@ -405,5 +520,10 @@ def grid_path(out: Path, step: int) -> Path:
 
 
 def is_whole_png(path: Path) -> bool:
-    "Whether this is a file that ends as a PNG does: one that a kill cut short does not."
-    return path.is_file() and path.read_bytes().endswith(b"IEND\xaeB`\x82")
+    "Whether this is a PNG from its first to its last block, each with the right checksum."
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()
+        return path.read_bytes().endswith(b"IEND\xaeB`\x82")
+    except Exception:  # Pillow raises many kinds
+        return False

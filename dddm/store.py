@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 from fastcore.basics import patch
+from safetensors import SafetensorError
 
 try:
     import fcntl
@@ -124,22 +125,36 @@ def allocate(rows: int, size: int, device: torch.device) -> tuple[torch.Tensor, 
 
 # %% ../nbs/06_store.ipynb #06-store-022c
 @contextlib.contextmanager
+def named_errors(path: Path):
+    "Within, an error that names no file, as a full disk gives it, is raised as an `OSError` with `path`."
+    try:
+        yield
+    except OSError as e:
+        if e.filename is not None or e.errno is None:
+            raise
+        raise OSError(e.errno, f"{e.strerror} while writing", str(path)) from e
+    except SafetensorError as e:
+        raise OSError(errno.EIO, f"{e} while writing", str(path)) from e
+
+
+@contextlib.contextmanager
 def whole_file(path):
     """A path to write to, beside `path`; at the end that file is flushed and gets the name `path`.
 
-    Where writing fails it is removed. Others may read it as the umask says, also where the library that
-    writes it (safetensors) would keep it to its owner.
+    Where writing fails it is removed, and an `OSError` names `path`. Others may read it as the umask says,
+    also where the library that writes it (safetensors) would keep it to its owner.
     """
     path = Path(path)
     part = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")  # PIL reads the suffix
     try:
-        part.touch()
-        mode = part.stat().st_mode & 0o777
-        yield part
-        part.chmod(mode)
-        with open(part, "r+b") as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
+        with named_errors(path):
+            part.touch()
+            mode = part.stat().st_mode & 0o777
+            yield part
+            part.chmod(mode)
+            with open(part, "r+b") as f:
+                os.fsync(f.fileno())
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -429,6 +444,31 @@ def lock(file, refusal: str) -> None:
         raise FileExistsError(refusal) from None
     except OSError as e:
         warnings.warn(f"{file.name} cannot be locked ({e}): make sure that no other process uses it")
+
+
+@contextlib.contextmanager
+def lock_folder(path: Path, refusal: str):
+    """Within, a folder is locked, where the system can do that.
+
+    `FileExistsError(refusal)` where another process has locked it.
+    """
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        yield
+        return
+    try:
+        if fcntl is not None:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise FileExistsError(refusal) from None
+    except OSError:
+        pass  # a network disk may lock files alone
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 # %% ../nbs/06_store.ipynb #06-store-034e
 @patch

@@ -27,7 +27,7 @@ from .metrics import class_counts, copied_noise, energy_distance, measure, memor
 from .objectives import OBJECTIVES, Batch, estimate_of, needs_store, network_estimate
 from .passes import load_images, open_distance, open_store
 from .pictures import COLOURS
-from .presets import CONSISTENCY, FEW_STEPS, PRESETS, preset
+from .presets import CONSISTENCY, FEW_STEPS, PRESETS, one_step, preset
 from .runs import history, load, newest_checkpoint, step_of
 from .sampling import SAMPLERS, check_tolerance, draws, sample, step_counts, times_down
 from .store import CHECKSUM, whole_file, with_checksum, without_checksum
@@ -172,6 +172,12 @@ ERRORS = {
     "error_sampling": "noise, as in sampling",
     "error_mean": "mean image",
     "error_least": "least from x_t",
+}
+FED = {
+    "error_truth": "the truth",
+    "error_training": "estimate of training",
+    "error_other": "another image's",
+    "error_sampling": "noise, as in sampling",
 }
 
 
@@ -435,29 +441,66 @@ def recipe_variants(preset_name: str) -> list[Variant]:
                 variants.append(Variant(name, {**fields, **learning}, ("renoise",), ("recipe",)))
     return variants
 
+# %% ../nbs/12_study.ipynb #12-study-026b
+def network_variants(preset_name: str, resolution: int = 8) -> list[Variant]:
+    "With and without the estimate's positions: algorithm 1 with three estimates, and the published code."
+    table = [("paper", estimate) for estimate in ("store", "truth", "noise")] + [("published_code", "store")]
+    variants = []
+    for positions, words in ((True, "positions"), (False, "no positions")):
+        for objective, estimate in table:
+            net = dict(estimate=(resolution,), estimate_positions=positions)
+            fields = dict(objective=objective, estimate=estimate, net=net)
+            name = f"{objective.replace('_', ' ')}, {estimate}, {words}"
+            variants.append(Variant(name, fields, (own_sampler(objective),), ("network",)))
+    return variants
+
+# %% ../nbs/12_study.ipynb #12-study-026c
+def one_step_variants(preset_name: str) -> list[Variant]:
+    "MeanFlow and the strongest consistency trainings, each with its own recipe, beside algorithm 1."
+    fields, rising = PRESETS[preset_name], recipe_settings(preset_name)
+    flow = {k: v for k, v in one_step(fields).items() if fields.get(k) != v}
+    few_steps = without(rising, "level_distribution", "levels") | without(FEW_STEPS, "sampler")
+    shrinking = dict(level_distribution="shrinking", lr_decay=0.5, drop_last=True)
+    improved = dict(objective="improved_consistency")
+    # fmt: off
+    table = [
+        ("paper",                           dict(objective="paper"), "iterate"),
+        ("meanflow",                        flow,                    "meanflow"),
+        ("improved consistency",            improved | rising,       "renoise"),
+        ("improved consistency, few steps", improved | few_steps,    "renoise"),
+        ("easy consistency",                improved | shrinking,    "renoise"),
+    ]
+    # fmt: on
+    return [Variant(name, fields, (sampler,), ("one step",)) for name, fields, sampler in table]
+
 # %% ../nbs/12_study.ipynb #12-study-027
-SETS: dict[str, Callable] = dict(
-    objectives=objective_variants,
-    distance=distance_variants,
-    c=c_variants,
-    T=T_variants,
-    recipe=recipe_variants,
-)
+SETS: dict[str, Callable] = {
+    "objectives": objective_variants,
+    "distance": distance_variants,
+    "c": c_variants,
+    "T": T_variants,
+    "recipe": recipe_variants,
+    "network": network_variants,
+    "one step": one_step_variants,
+}
 OPTIONS = {  # which options a set takes
     "objectives": (),
     "distance": ("objectives", "c", "features"),
     "c": ("objectives", "c_values", "features"),
     "T": ("T_values", "epochs"),
     "recipe": (),
+    "network": ("resolution",),
+    "one step": (),
 }
 
 # %% ../nbs/12_study.ipynb #12-study-028
 def chosen_variants(sets=("objectives",), preset: str = "digits", names=None, **options) -> list[Variant]:
     """The variants of one or more sets, each once.
 
-    sets: a name or several, of "objectives", "distance", "c", "T" and "recipe". preset: whose settings they
-    take. names: only these. options: objectives, c, features (distance); objectives, c_values, features (c);
-    T_values, epochs (T). Raises `ValueError` for a set, preset, name or option that does not exist.
+    sets: a name or several, keys of `SETS`. preset: whose settings they take. names: only these. options:
+    objectives, c, features (distance); objectives, c_values, features (c); T_values, epochs (T); resolution
+    at which the estimate enters (network). Raises `ValueError` for a set, preset, name or option that does
+    not exist.
     """
     sets = [sets] if isinstance(sets, str) else list(sets)
     refuse_unknown("preset", preset, PRESETS)
@@ -641,7 +684,7 @@ def late_batch(config: TrainConfig, images: Images, store, seed: int, count: int
 
 
 def gap(model, config: TrainConfig, images: Images, store, seed: int, count: int = 512) -> dict:
-    "Mean squared errors per pixel at large t: see `ERRORS`."
+    "Mean squared errors per pixel at large t: see `ERRORS` and `FED`."
     batch = late_batch(config, images, store, seed, count)
     signal, amount = model.schedule.signal_noise(batch.t, batch.x0)
     x_t = signal * batch.x0 + amount * batch.noise
@@ -652,10 +695,11 @@ def gap(model, config: TrainConfig, images: Images, store, seed: int, count: int
     with torch.no_grad():
         how = estimate_of(config.objective, config.estimate)
         fed = network_estimate(how, model, batch, x_t, batch.t)
-        errors = dict(
-            error_training=error(model(fed, x_t, batch.t, batch.label)),
-            error_sampling=error(model(batch.estimate_noise, x_t, batch.t, batch.label)),
-        )
+        feeds = dict(training=fed, sampling=batch.estimate_noise, truth=batch.x0, other=fed.roll(1, 0))
+        errors = {
+            f"error_{name}": error(model(estimate, x_t, batch.t, batch.label))
+            for name, estimate in feeds.items()
+        }
     mean = images.get(torch.arange(len(images)))[0].mean(0, keepdim=True)
     least = data_posterior_mean(images, x_t, signal, amount, batch.label)
     return errors | dict(error_mean=error(mean), error_least=error(least))

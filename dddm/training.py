@@ -9,15 +9,18 @@ __all__ = ['step', 'start_run', 'train']
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import signal
 import sys
 import threading
 import time
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from safetensors import SafetensorError
@@ -210,7 +213,7 @@ def save(run: Run) -> None:
     if final.exists() and damage(final) is None:
         return
     if run.main:
-        for old in [*folder.parent.glob(".step-*"), final]:
+        for old in folder.parent.glob(".step-*"):
             shutil.rmtree(old, ignore_errors=True)  # what a kill left
         folder.mkdir(parents=True, exist_ok=True)
     run.accelerator.wait_for_everyone()
@@ -219,7 +222,7 @@ def save(run: Run) -> None:
     except (OSError, RuntimeError, ValueError, SafetensorError) as e:
         shutil.rmtree(folder, ignore_errors=True)
         raise OSError(
-            f"the checkpoint of step {run.done} could not be written ({e}); {last_checkpoint_text(run.out)}. "
+            f"the checkpoint {final} could not be written ({e}); {last_checkpoint_text(run.out)}. "
             f"{size_text(shutil.disk_usage(run.out).free)} are free on the disk: free more and run again"
         ) from e
     run.accelerator.wait_for_everyone()
@@ -242,6 +245,8 @@ def write_checkpoint(run: Run, folder: Path) -> None:
             world=run.world,
             data=run.data.fingerprint,
             micro_batch=run.micro_batch,
+            logged=run.logged,
+            ended=run.config.epochs if run.done == run.steps else None,
         )
         torch.save(state, folder / "state.pt")
     run.accelerator.wait_for_everyone()
@@ -257,9 +262,7 @@ def restore(run: Run) -> bool:
     checkpoint = newest_checkpoint(run.out)
     if checkpoint is None:
         if run.main:
-            trim_history(
-                run.out, 0, run.steps
-            )  # a run that was killed before its first checkpoint leaves lines
+            trim_history(run.out, 0, run.steps)  # lines of a run that was killed before its first checkpoint
         if run.store is not None:
             run.store.clear()  # and rows
         return False
@@ -279,7 +282,7 @@ def restore(run: Run) -> bool:
     run.done, run.earlier_micro_batch = state["done"], state.get("micro_batch")
     if run.main:
         run.sums.copy_(state["sums"])
-        trim_history(run.out, run.done, run.steps)
+        run.logged = trim_history(run.out, run.done, run.steps)
     return True
 
 
@@ -331,6 +334,7 @@ def log(run: Run, seconds: float, seen: int) -> dict:
         record["closing"] = True  # the run's last steps; in a longer run, the line after counts them again
     else:
         run.sums.zero_()
+        run.logged = run.done
     if run.config.tracker:
         run.accelerator.log({"loss": record["loss"], "images_per_second": seen / seconds}, step=run.done)
     if run.main:
@@ -370,12 +374,30 @@ def sample_grid(run: Run, steps=(1, 5), n: int = 32) -> None:
             f"no grid of samples at step {run.done:,} ({type(e).__name__}: {e}); the training goes on"
         )
 
+# %% ../nbs/09c_training.ipynb #09c-training-017-part0
+@contextlib.contextmanager
+def orphaned_kernel():
+    """Within, a Jupyter kernel whose parent has gone stays; gives a function: has the parent gone?
+
+    Otherwise ipykernel ends the kernel within a second, in the middle of whatever it does. Papermill dies of
+    SIGTERM without a word to its kernel, so this is how a kernel learns of it.
+    """
+    poller, parent = sys.modules.get("ipykernel.parentpoller"), os.getppid()
+    unix = getattr(poller, "ParentPollerUnix", ())
+    if not any(isinstance(thread, unix) for thread in threading.enumerate()):
+        yield lambda: False  # no kernel, or one that may outlive its parent
+        return
+    looks_alive = types.SimpleNamespace(getppid=lambda: parent, _exit=os._exit)
+    with mock.patch.object(poller, "os", looks_alive):  # all that its thread takes from `os`
+        yield lambda: os.getppid() != parent
+
 # %% ../nbs/09c_training.ipynb #09c-training-018
 @contextlib.contextmanager
 def stop_signals():
-    """Within, SIGINT and SIGTERM are noted in the list that is given.
+    """Within, SIGINT and SIGTERM are noted; gives a function that lists those that came.
 
-    Another one, more than three seconds later, interrupts at once.
+    Another one, more than three seconds later, interrupts at once. A kernel whose parent has gone has
+    received SIGTERM.
     """
     received, first = [], []
 
@@ -385,15 +407,17 @@ def stop_signals():
             raise KeyboardInterrupt  # a launcher may pass on within moments what its workers got themselves
         received.append(number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return  # only the main thread may handle signals
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    with orphaned_kernel() as orphaned:
+        listed = lambda: received + [signal.SIGTERM] * orphaned()
+        if threading.current_thread() is not threading.main_thread():
+            yield listed
+            return  # only the main thread may handle signals
+        before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield listed
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
 
 # %% ../nbs/09c_training.ipynb #09c-training-019
 def train(
@@ -417,15 +441,18 @@ def train(
         run = start_run(config, out, resume, stack, back)
         announce(run, progress)
         signals = stack.enter_context(stop_signals())
-        bar = stack.enter_context(progress_bar(run, progress))
+        hidden = not (progress and run.main)
+        bar = stack.enter_context(
+            tqdm(total=run.steps, initial=run.done, unit="step", mininterval=1, disable=hidden)
+        )
         if run.resumed and grid_due(run):
             sample_grid(run)  # a kill came between the checkpoint and its grid
         begin, seen = time.perf_counter(), 0
         while run.done < run.steps:
-            run.signalled = bool(signals)
+            run.signalled = bool(signals())
             seen += step(run)
             bar.update()
-            last, stop = run.done == run.steps, run.stop or (run.world == 1 and bool(signals))
+            last, stop = run.done == run.steps, run.stop or (run.world == 1 and bool(signals()))
             if run.done % config.log_every == 0 or last:
                 record = log(run, time.perf_counter() - begin, seen)
                 show_speed(run, bar, record, seen / (time.perf_counter() - begin))
@@ -437,7 +464,7 @@ def train(
             if grid_due(run):
                 sample_grid(run)
             if stop and not last:
-                leave(run, signals)
+                leave(run, signals())
         if config.tracker:
             run.accelerator.end_training()
     return run.out
@@ -450,12 +477,6 @@ def announce(run: Run, progress: bool) -> None:
     check_disk(run.out, 3 * checkpoint_bytes(run))
     if progress:
         print(run.data.summary(), describe(run), sep="\n", flush=True)
-
-
-def progress_bar(run: Run, progress: bool) -> tqdm:
-    "A bar over the run's steps, where it is wanted."
-    hidden = not (progress and run.main)
-    return tqdm(total=run.steps, initial=run.done, unit="step", mininterval=1, disable=hidden)
 
 
 def show_speed(run: Run, bar: tqdm, record: dict, rate: float) -> None:

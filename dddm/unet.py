@@ -256,25 +256,37 @@ class CrossAttention(nn.Module):
 
     The estimate [B, image_channels, R, R] is cut into size² patches $e$ without loss.
     $q = W_q\,\mathrm{GN}(h) + g p$ and $k = W_k e + g p$ with $p$ the 2-D code of the place
-    and $g$ a gain per head.
+    and $g$ a gain per head. With positions=False there is no $g p$: a set of patches is seen.
     forward(h [B, C, size, size], estimate) -> like h.
     """
 
     def __init__(
-        self, channels: int, size: int, image_channels: int, patch: int, head_channels: int, groups: int
+        self,
+        channels: int,
+        size: int,
+        image_channels: int,
+        patch: int,
+        head_channels: int,
+        groups: int,
+        positions: bool = True,
     ):
         super().__init__()
         self.patch, self.heads = patch, count_heads(channels, head_channels)
         self.norm = group_norm(channels, groups)
         self.q, self.kv = nn.Linear(channels, channels), nn.Linear(image_channels * patch**2, 2 * channels)
-        self.gain, self.out = nn.Parameter(torch.ones(self.heads, 1, 1)), zero(nn.Linear(channels, channels))
-        self.register_buffer("position", grid_positions(size, channels // self.heads), persistent=False)
+        self.out = zero(nn.Linear(channels, channels))
+        self.gain = nn.Parameter(torch.ones(self.heads, 1, 1)) if positions else None
+        if positions:
+            code = grid_positions(size, channels // self.heads)
+            self.register_buffer("position", code, persistent=False)
 
     def queries_keys_values(self, h: torch.Tensor, estimate: torch.Tensor):
-        "Each [B, heads, size², d]."
-        patches = to_tokens(F.pixel_unshuffle(estimate, self.patch))  # [B, size², image_channels·patch²]
+        "q [B, heads, size², d]; k and v [B, heads, patches, d]."
+        patches = to_tokens(F.pixel_unshuffle(estimate, self.patch))  # [B, patches, image_channels·patch²]
         q = self.q(to_tokens(self.norm(h.float()))).unflatten(2, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(patches).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.gain is None:
+            return q, k, v
         place = (self.gain * self.position).to(q.dtype)  # [heads, size², d]
         return q + place, k + place, v
 
@@ -282,18 +294,61 @@ class CrossAttention(nn.Module):
         found = self.out(attend(*self.queries_keys_values(h, estimate)))  # [B, size², C]
         return h + found.transpose(1, 2).unflatten(2, h.shape[2:])
 
+# %% ../nbs/05_unet.ipynb #05-unet-034c
+class FeedForward(nn.Module):
+    r"""Each place by itself: $h + W\,(a \odot \mathrm{gelu}(b))$ with $(a, b)$ linear in $\mathrm{GN}(h)$.
+
+    a and b have 4C channels (Shazeer 2020, arXiv 2002.05202). forward(h [B, C, H, W]) -> like h.
+    """
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm, self.inner = group_norm(channels, groups), nn.Conv2d(channels, 8 * channels, 1)
+        self.out = zero(nn.Conv2d(4 * channels, channels, 1))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        a, b = self.inner(self.norm(h.float())).chunk(2, 1)
+        return h + self.out(a * F.gelu(b))
+
+
+class Transformer(nn.Module):
+    """The published block: self-attention, cross-attention and feed-forward, all at `width` channels.
+
+    The estimate [B, image_channels, R, R] is seen as a set of pixels, without their places.
+    forward(h [B, C, H, W], estimate) -> like h.
+    """
+
+    def __init__(self, channels: int, width: int, image_channels: int, head_channels: int, groups: int):
+        super().__init__()
+        self.norm, self.inward = group_norm(channels, groups), nn.Conv2d(channels, width, 1)
+        self.tokens = nn.Conv2d(image_channels, width, 1)
+        self.self_attention = SelfAttention(width, head_channels, groups)
+        self.cross_attention = CrossAttention(width, 0, width, 1, head_channels, groups, positions=False)
+        self.feed_forward = FeedForward(width, groups)
+        self.outward = zero(nn.Conv2d(width, channels, 1))
+
+    def forward(self, h: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
+        inner = self.self_attention(self.inward(self.norm(h.float())))
+        inner = self.feed_forward(self.cross_attention(inner, self.tokens(estimate)))
+        return h + self.outward(inner)
+
 # %% ../nbs/05_unet.ipynb #05-unet-036
 class Block(nn.Module):
-    """A residual block, then self-attention and cross-attention where asked for.
+    """A residual block, then self-attention and cross-attention, or a transformer, where asked for.
 
     forward(h, embedding, estimate) -> [B, out_channels, H, W].
     """
 
     def __init__(
-        self, residual: ResBlock, self_attention: SelfAttention | None, cross_attention: CrossAttention | None
+        self,
+        residual: ResBlock,
+        self_attention: SelfAttention | None = None,
+        cross_attention: CrossAttention | None = None,
+        transformer: Transformer | None = None,
     ):
         super().__init__()
         self.residual, self.self_attention, self.cross_attention = residual, self_attention, cross_attention
+        self.transformer = transformer
 
     def forward(self, h: torch.Tensor, embedding: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
         h = self.residual(h, embedding)
@@ -301,7 +356,7 @@ class Block(nn.Module):
             h = self.self_attention(h)
         if self.cross_attention is not None:
             h = self.cross_attention(h, estimate)
-        return h
+        return h if self.transformer is None else self.transformer(h, estimate)
 
 
 class Stage(nn.Module):
@@ -314,14 +369,20 @@ class Stage(nn.Module):
 
 
 def build_block(config: dict, i: int, c_in: int, first: bool, attends: bool) -> Block:
-    """A block of stage i for `c_in` channels; `attends`: with self-attention.
+    """A block of stage i for `c_in` channels; `attends`: with self-attention, or the published block.
 
     The `first` block of a stage reads the estimate, where `config` names that resolution.
     """
     shape, base, width, groups = (config[k] for k in ("shape", "base", "head_channels", "groups"))
     size, c_out, cross = shape[1] >> i, base * config["multipliers"][i], None
+    if config["transformer"]:
+        residual = ResBlock(c_in, c_out, 4 * base, config["dropout"], groups)
+        whole = Transformer(c_out, 4 * base, shape[0], width, groups) if attends else None
+        return Block(residual, transformer=whole)
     if first and size in config["estimate"]:
-        cross = CrossAttention(c_out, size, shape[0], shape[1] // size, width, groups)
+        positions = config["estimate_positions"]
+        patch = shape[1] // size if positions else 1  # a patch would tell places; a pixel does not
+        cross = CrossAttention(c_out, size, shape[0], patch, width, groups, positions)
     residual = ResBlock(c_in, c_out, 4 * base, config["dropout"], groups)
     return Block(residual, SelfAttention(c_out, width, groups) if attends else None, cross)
 
@@ -335,7 +396,19 @@ def build_stage(config: dict, i: int, inputs: list[int], up: bool) -> Stage:
 
 # %% ../nbs/05_unet.ipynb #05-unet-038
 def check_config(
-    shape, base, multipliers, blocks, dropout, attention, estimate, classes, head_channels, groups, time
+    shape,
+    base,
+    multipliers,
+    blocks,
+    dropout,
+    attention,
+    estimate,
+    classes,
+    head_channels,
+    groups,
+    estimate_positions,
+    transformer,
+    time,
 ) -> None:
     "Raise `ValueError` naming the first argument of `UNet` that does not fit, with what would."
     if len(shape) != 3 or min(shape) < 1 or shape[1] != shape[2]:
@@ -369,6 +442,15 @@ def check_config(
             raise ValueError(
                 f"{name}={v}: no stage has resolution {sorted(set(v) - set(has))}; this network has {has}"
             )
+    for name, v in (("estimate_positions", estimate_positions), ("transformer", transformer)):
+        if not isinstance(v, bool):
+            raise ValueError(f"{name}={v!r}: need True or False")
+    if transformer and (estimate_positions or set(attention) != set(estimate)):
+        raise ValueError(
+            f"transformer=True with estimate_positions={estimate_positions}, attention={attention} and "
+            f"estimate={estimate}: the published block knows no positions, and reads the estimate at every "
+            "resolution that it attends to; set estimate_positions=False, and estimate like attention"
+        )
 
 # %% ../nbs/05_unet.ipynb #05-unet-040
 def check_call(
@@ -427,6 +509,8 @@ class UNet(nn.Module):
     cross-attention to the estimate. classes: how many labels, None for an unconditional network.
     head_channels: width of an attention head. groups: at most so many in a normalisation. time: how the time
     is told, one of `TIMES`: "step", its number; "angle"; "interval", an angle and the span that ends there.
+    estimate_positions: whether the attention knows the places of the estimate's patches; False: a set of
+    pixels, as in the published code. transformer: the published block at the attended resolutions.
 
     Fresh weights give F = 0, so $f_\theta = x_t$. The arguments are kept in `config`: `UNet(**net.config)` is
     the same network. The attribute `recompute` (False): in training keep each block's input alone, and
@@ -445,6 +529,8 @@ class UNet(nn.Module):
         classes: int | None = None,
         head_channels: int = 64,
         groups: int = 32,
+        estimate_positions: bool = True,
+        transformer: bool = False,
         time: str = "step",
     ):
         super().__init__()
@@ -459,6 +545,8 @@ class UNet(nn.Module):
             classes=classes,
             head_channels=head_channels,
             groups=groups,
+            estimate_positions=estimate_positions,
+            transformer=transformer,
             time=time,
         )
         check_config(**self.config)
@@ -531,5 +619,12 @@ def describe(net: UNet) -> dict[str, int]:
         name: sum(p.numel() for m in net.modules() if isinstance(m, kind) for p in m.parameters())
         for name, kind in kinds.items()
     }
+    inside = (SelfAttention, CrossAttention)
+    count["rest of transformers"] = sum(
+        sum(p.numel() for p in m.parameters())
+        - sum(p.numel() for part in m.children() if isinstance(part, inside) for p in part.parameters())
+        for m in net.modules()
+        if isinstance(m, Transformer)
+    )
     total = sum(p.numel() for p in net.parameters())
     return {**count, "stem and head": total - sum(count.values()), "total": total}

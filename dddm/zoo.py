@@ -8,6 +8,7 @@ __all__ = ['SHIPPED', 'Pretrained']
 # %% ../nbs/11a_zoo.ipynb #11a-zoo-002
 import argparse
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -163,8 +164,15 @@ def whole_folder(path):
             fsync(written)
         replace_folder(part, path)
         fsync(path.parent)
+        for old in set_aside(path):
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def set_aside(path: Path) -> list[Path]:
+    "What had the name `path` when a writer was killed just before it gave the name to the new folder."
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.*.old"))
 
 
 def replace_folder(part: Path, path: Path) -> None:
@@ -285,6 +293,10 @@ class Pretrained(DDDM, ModelHubMixin):
             )
         if is_repository(source):
             return read_model(download(source, **hub))
+        if kept := set_aside(path):
+            raise FileNotFoundError(
+                f"{path}: an export was cut short; rename {kept[-1]}, the model before it"
+            )
         raise FileNotFoundError(
             f"{path} is neither a run directory nor an exported or shipped model; "
             f"the shipped ones are {', '.join(SHIPPED)}"

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
+import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dddm import extractors, runs, tables, training
 from dddm.config import TrainConfig
@@ -196,6 +198,89 @@ def test_a_damaged_manifest_gives_way_to_the_checkpoint_before(tmp_path):
     assert runs.newest_checkpoint(run) == newest
 
 
+@pytest.mark.parametrize("text", [*MANIFESTS, None])
+def test_damaged_manifests_alone_block_no_run(tmp_path, text):
+    run = train(tiny(epochs=1), tmp_path / "run", progress=False)
+    weights = runs.load(run).state_dict()
+    before, newest = runs.checkpoints(run / "checkpoints")
+    for checkpoint in (before, newest):
+        path = checkpoint / "manifest.json"
+        path.unlink() if text is None else path.write_text(text)
+    with pytest.warns(UserWarning, match="step-3 is used without its manifest.*cannot be verified"):
+        found = runs.load(run).state_dict()
+    assert all(torch.equal(found[k], weights[k]) for k in weights)
+    with pytest.warns(UserWarning, match="step-3 is used without its manifest"):
+        train(tiny(), run, progress=False)
+    alone = train(tiny(), tmp_path / "alone", progress=False)
+    assert history(run) == history(alone) and torch.equal(last_rows(run), last_rows(alone))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "state.pt", "store-0.pt"])
+def test_without_manifests_what_can_be_checked_is_checked(tmp_path, name):
+    run = train(tiny(epochs=1), tmp_path / "run", progress=False)
+    for checkpoint in runs.checkpoints(run / "checkpoints"):
+        (checkpoint / "manifest.json").unlink()
+    before, newest = runs.checkpoints(run / "checkpoints")
+    path = newest / name
+    whole = path.read_bytes()
+    if path.suffix == ".safetensors":
+        tensors = load_file(path)
+        tensors[next(iter(tensors))].view(-1)[0] = float("nan")
+        save_file(tensors, path)
+    else:
+        with zipfile.ZipFile(path) as z:
+            at = z.getinfo(max(z.infolist(), key=lambda entry: entry.file_size).filename).header_offset + 200
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.warns(UserWarning):
+        assert runs.newest_checkpoint(run) == before
+    for harm in (whole[:-100], b"", whole[: len(whole) // 3]):
+        path.write_bytes(harm)
+        with pytest.warns(UserWarning):
+            assert runs.newest_checkpoint(run) == before
+    path.unlink()
+    if name != "store-0.pt":
+        with pytest.warns(UserWarning):
+            assert runs.newest_checkpoint(run) == before
+
+
+def test_lines_lost_at_the_end_of_the_history_are_told(tmp_path, recwarn):
+    run = train(
+        tiny(log_every=2, epochs=1), tmp_path / "run", progress=False
+    )  # lines at 2 and, closing, at 3
+    path, lost = run / "history.jsonl", "has no line of step 3"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(history(run)) == len(lines) == 2 and not recwarn.list
+    for text in (b"", lines[0], lines[0] + lines[1][:30]):
+        path.write_bytes(text)
+        with pytest.warns(UserWarning, match=lost):
+            history(run)
+    path.write_bytes(whole[:-1] + b"\x0b")  # the line break itself
+    with pytest.warns(UserWarning, match="line 2 of .* is damaged"):
+        history(run)
+    path.unlink()
+    with pytest.warns(UserWarning, match="has no line of step 2"):  # the closing line is not missed there
+        train(tiny(log_every=2), run, progress=False)
+    path.write_bytes(whole)
+    recwarn.clear()
+    train(tiny(log_every=2), tmp_path / "longer", progress=False)
+    stopped = train(tiny(log_every=2, epochs=1), tmp_path / "stopped", progress=False)
+    with pytest.raises(RuntimeError):
+        train(tiny(log_every=2), stopped, callback=stop_at(4), progress=False)
+    history(stopped)
+    train(tiny(log_every=2), stopped, progress=False)
+    assert history(stopped) == history(tmp_path / "longer") and not recwarn.list
+
+
+def test_removing_the_lock_lets_nobody_in(tmp_path):
+    run = train(tiny(epochs=1), tmp_path / "run", progress=False)
+    with runs.locked(run):
+        (run / ".lock").unlink()
+        with pytest.raises(FileExistsError, match="another process is training in"):
+            train(tiny(), run, progress=False)
+    train(tiny(), run, progress=False)
+
+
 def test_damaged_features_and_results_are_named(tmp_path):
     tensor, path = torch.zeros(1), tmp_path / "f.safetensors"
     for about in ({}, {"identity": "{"}, {"identity": "[]"}, {"identity": "{}"}):
@@ -247,13 +332,22 @@ def test_a_grid_that_a_kill_cut_short_is_made_again(tmp_path):
     run = train(tiny(epochs=1), tmp_path / "run", progress=False)
     picture = next(run.glob("samples/*.png"))
     whole = picture.read_bytes()
-    for cut in (b"", whole[:100], whole[:-1]):
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for cut in (b"", whole[:100], whole[:-1], bytes(flipped)):
         picture.write_bytes(cut)
         train(tiny(epochs=1), run, progress=False)
         assert picture.read_bytes() == whole
 
 
 # --- signals and words ---
+
+SIGNALS = [
+    (signal.SIGTERM, "papermill"),
+    (signal.SIGTERM, "kernel"),
+    (signal.SIGTERM, "both"),
+    (signal.SIGKILL, "papermill"),
+]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -263,6 +357,44 @@ def test_a_signal_saves_and_ends_with_a_line(tmp_path, number):
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + number and runs.newest_checkpoint(tmp_path / "run")
     assert "Traceback" not in err and err.splitlines()[-1].startswith("dddm.training: ")
+
+
+SLOW_DISK = """
+import os, time
+flush = os.fsync
+os.fsync = lambda fd: (time.sleep(0.4), flush(fd))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, whom", SIGNALS)
+def test_whatever_ends_papermill_saves_the_run(root, tmp_path, number, whom):
+    """Here a checkpoint takes seconds, and ipykernel would end a kernel without a parent within one.
+
+    Ctrl-C is not among the signals: Jupyter itself ends the kernel five seconds after it.
+    """
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    path = os.pathsep.join([str(tmp_path), str(root)])
+    fields = (
+        "{epochs: 5000, batch: 600, net: {base: 16, attention: [], estimate: [4]}, "
+        "checkpoint_every: 1000000, log_every: 1, sample_every: 0, device: cpu}"
+    )
+    run, parameters = (
+        tmp_path / "run",
+        ["-y", f"{{preset: digits, out: {tmp_path / 'run'}, overrides: {fields}}}"],
+    )
+    command = [sys.executable, "-m", "papermill", "nbs/train.ipynb", str(tmp_path / "out.ipynb"), *parameters]
+    job = subprocess.Popen(command, cwd=root, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE)
+    while job.poll() is None and not (run / "history.jsonl").exists():
+        time.sleep(0.1)
+    (kernel,) = psutil.Process(job.pid).children()
+    for process in (job, kernel)[dict(papermill=slice(0, 1), kernel=slice(1, 2), both=slice(0, 2))[whom]]:
+        process.send_signal(number)
+    job.communicate(timeout=120)
+    kernel.wait(timeout=60)
+    assert job.returncode != 0
+    saved = runs.step_of(runs.newest_checkpoint(run))
+    assert saved == history(run)[-1]["step"]  # the step it was in, and no more
 
 
 def test_refusals_on_the_command_line_are_a_line(tmp_path, capsys):

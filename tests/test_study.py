@@ -7,6 +7,10 @@ import pytest
 import torch
 
 import dddm.study as study_room
+from dddm.data import load
+from dddm.presets import preset
+from dddm.schedule import VPSchedule
+from dddm.store import EstimateStore
 from dddm.study import (
     Study,
     Variant,
@@ -203,6 +207,11 @@ def test_sets_of_variants():
     assert (
         len(chosen_variants("recipe")) == 8 and len({str(v.fields) for v in chosen_variants("recipe")}) == 8
     )
+    network = chosen_variants("network", resolution=4)
+    assert [v.name for v in network][::4] == ["paper, store, positions", "paper, store, no positions"]
+    for with_places, without in zip(network[:4], network[4:]):
+        assert without.fields["net"] == dict(estimate=(4,), estimate_positions=False)
+        assert with_places.fields == without.fields | dict(net=dict(estimate=(4,), estimate_positions=True))
     for wrong, message in (
         (dict(sets="distances"), "did you mean 'distance'"),
         (dict(names=["papr"]), "did you mean 'paper'"),
@@ -214,17 +223,46 @@ def test_sets_of_variants():
             chosen_variants(**wrong)
 
 
+class Returns(torch.nn.Module):
+    "A model that answers with its estimate, whatever x_t."
+
+    schedule = VPSchedule()
+
+    def forward(self, estimate, x_t, t, label=None):
+        return estimate
+
+
+@pytest.mark.parametrize("how", ["store", "truth", "noise"])
+def test_the_errors_of_a_copier_are_the_distances_of_its_estimates(how):
+    "Fed the truth none; fed another image's or noise, what two independent draws have."
+    config = preset("digits", estimate=how)
+    images = load("digits")
+    every = images.get(torch.arange(len(images)))[0]
+    store = EstimateStore(len(images), (1, 8, 8))
+    store.write(torch.arange(len(images)), every / 2)
+    errors = study_room.gap(Returns(), config, images, store, seed=0)
+    variance, square = every.var(0).mean().item(), every.square().mean().item()
+    expected = dict(store=square / 4, truth=0.0, noise=1 + square)
+    other = dict(store=variance * 5 / 4 + every.mean(0).square().mean().item() / 4, truth=2 * variance)
+    assert errors["error_truth"] == 0
+    assert errors["error_sampling"] == pytest.approx(1 + square, rel=0.05)
+    assert errors["error_training"] == pytest.approx(expected[how], rel=0.05)
+    assert errors["error_other"] == pytest.approx(other.get(how, 1 + square), rel=0.08)
+
+
 def test_every_set_makes_configurations(tmp_path):
     "All variants of all sets, on two presets."
-    for preset in ("digits", "cifar10"):
+    for base in ("digits", "cifar10"):
         for name in study_room.SETS:
-            study = Study(tmp_path, chosen_variants(name, preset), preset)
+            study = Study(tmp_path, chosen_variants(name, base), base)
             assert all(study.config(variant, 0).objective for variant in study.variants)
             assert len({study.path(variant, 0) for variant in study.variants}) == len(study.variants)
 
 
 @pytest.mark.parametrize(
-    "name", "digits digits-more-seeds digits-batch-120 digits-distance-c-T digits-recipe digits-lpips".split()
+    "name",
+    "digits digits-more-seeds digits-batch-120 digits-distance-c-T digits-recipe digits-lpips "
+    "network-digits".split(),
 )
 def test_committed_results_are_what_the_sets_describe(root, name):
     "The variants' fields in the repository's files are those that the library gives."
@@ -233,7 +271,9 @@ def test_committed_results_are_what_the_sets_describe(root, name):
         options = dict(epochs=config["epochs"]) if group == "T" else {}
         known = {v.name: v.fields for v in chosen_variants(group, config["preset"], **options)}
         for variant in names:
-            fields = {k: list(v) if isinstance(v, tuple) else v for k, v in known[variant].items()}
+            fields = json.loads(json.dumps(known[variant]))
+            if "net" in fields:
+                fields["net"] = {**config["fields"]["net"], **fields["net"]}
             changed = {k: v for k, v in fields.items() if v != config["fields"].get(k)}
             assert changed == config["variants"][variant]
 

@@ -27,9 +27,14 @@ SIZES = {
     "digits": dict(shape=(1, 8, 8), base=32, multipliers=(1, 2), blocks=2, attention=(8, 4), estimate=(8, 4)),
     "cifar10": dict(dropout=0.3),
     "cifar10-deep": dict(blocks=6, dropout=0.3),
+    "cifar10-published": dict(head_channels=128, estimate_positions=False, transformer=True),
     "imagenet64": dict(shape=(3, 64, 64), base=192, multipliers=(1, 2, 3, 4), classes=1000),
     "imagenet64-deep": dict(shape=(3, 64, 64), base=192, multipliers=(1, 2, 3, 4), blocks=6, classes=1000),
 }
+
+
+PALETTE = dict(estimate_positions=False)  # the estimate as a set of pixels
+PUBLISHED = dict(PALETTE, transformer=True, attention=(16, 8))  # and the whole published block
 
 
 def awake(**options):
@@ -84,6 +89,7 @@ def test_parameter_counts():
     with torch.device("meta"):
         counts = {name: describe(UNet(**options)) for name, options in SIZES.items()}
     assert counts["imagenet64"]["total"] == pytest.approx(270e6, rel=0.05)
+    assert counts["cifar10-published"]["total"] == pytest.approx(131.34e6, rel=0.02)  # their code's count
     for name, count in counts.items():
         with torch.device("meta"):
             net = UNet(**SIZES[name])
@@ -112,14 +118,16 @@ def test_starts_as_identity(size, multipliers, estimate):
     assert torch.equal(DDDM(net, VPSchedule())(x0, x_t, t), x_t)
 
 
-def test_gradient_reaches_every_parameter():
-    net = awake(classes=5, blocks=2)
+@pytest.mark.parametrize("options", [{}, PALETTE, PUBLISHED])
+def test_gradient_reaches_every_parameter(options):
+    net = awake(classes=5, blocks=2, **options)
     net(*inputs(net)).square().mean().backward()
     assert [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_every_input_matters():
-    net = awake(classes=5)
+@pytest.mark.parametrize("options", [{}, PALETTE, PUBLISHED])
+def test_every_input_matters(options):
+    net = awake(classes=5, **options)
     x_t, t, estimate, label = inputs(net)
     out = net(x_t, t, estimate, label)
     for changed in (
@@ -210,6 +218,38 @@ def test_position_of_the_estimate_matters():
         assert (net(x_t, t, estimate) - net(x_t, t, shuffled)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("options", [PALETTE, PUBLISHED])
+def test_without_positions_the_estimate_is_a_set_of_pixels(options):
+    "At each resolution that reads it; and the set still matters."
+    net = awake(**options)
+    x_t, t, estimate, _ = inputs(net)
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
+    shuffled = estimate.flatten(2)[..., order].reshape(estimate.shape)
+    with torch.no_grad():
+        out = net(x_t, t, estimate)
+        assert (out - net(x_t, t, shuffled)).abs().max() < 1e-4
+        assert (out - net(x_t, t, estimate.flip(1))).abs().max() > 1e-3
+
+
+def test_the_published_block_follows_every_block_that_attends():
+    with torch.device("meta"):
+        net = UNet(**SIZES["cifar10-published"])
+    has = {s.resolution: [b.transformer is not None for b in s.blocks] for s in net.down}
+    assert has == {32: [False] * 3, 16: [True] * 3, 8: [True] * 3, 4: [False] * 3}
+    has = {s.resolution: [b.transformer is not None for b in s.blocks] for s in net.up}
+    assert has == {4: [False] * 4, 8: [True] * 4, 16: [True] * 4, 32: [False] * 4}
+    assert [b.transformer is not None for b in net.middle] == [True, False]
+    assert not any(b.self_attention or b.cross_attention for s in (*net.down, *net.up) for b in s.blocks)
+
+
+def test_a_configuration_of_before_is_the_network_with_positions():
+    net = awake()
+    before = {k: v for k, v in net.config.items() if k not in ("estimate_positions", "transformer")}
+    again = UNet(**before).eval()
+    again.load_state_dict(net.state_dict())
+    assert again.config == net.config and torch.equal(again(*inputs(net)), net(*inputs(net)))
+
+
 def test_patches_keep_every_pixel():
     "Each pixel of the estimate moves the keys and values of exactly one patch."
     layer = CrossAttention(16, size=2, image_channels=3, patch=4, head_channels=8, groups=32)
@@ -252,9 +292,9 @@ def test_time_is_exact_under_bfloat16():
     assert (high[0] - high[1]).abs().max() > 1e-3 and (high[2] - high[3]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("classes", [None, 5])
-def test_compiles_without_graph_breaks(classes):
-    net = awake(classes=classes)
+@pytest.mark.parametrize("options", [{}, dict(classes=5), PUBLISHED])
+def test_compiles_without_graph_breaks(options):
+    net = awake(**options)
     args = inputs(net)
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, backend="eager")
@@ -292,6 +332,9 @@ def test_the_layout_of_the_input_does_not_matter():
         (dict(estimate=(12,)), r"estimate=.*\[12\].*\[32, 16, 8, 4\]"),
         (dict(head_channels=96), "head_channels=96"),
         (dict(head_channels=2), "head_channels=2"),
+        (dict(estimate_positions=0), "estimate_positions=0"),
+        (dict(transformer=True), "set estimate_positions=False"),
+        (dict(transformer=True, estimate_positions=False, estimate=(8,)), "estimate like attention"),
     ],
 )
 def test_bad_configurations(options, words):

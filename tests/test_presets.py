@@ -1,0 +1,53 @@
+"""Presets: the published configuration, its size, and the table of what sets `cifar10` apart from it."""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import pytest
+import torch
+
+from dddm.config import build
+from dddm.presets import preset
+
+NOTEBOOK = pathlib.Path(__file__).resolve().parents[1] / "nbs" / "11_presets.ipynb"
+
+
+def differing(a, b) -> dict[str, tuple]:
+    "{field: both values} where two configurations differ; arguments of the network one by one, as built."
+    pairs = {
+        f.name: (getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a) if f.name != "net"
+    }
+    with torch.device("meta"):
+        one, other = (build(config).net.config for config in (a, b))
+    pairs |= {f"net.{name}": (one[name], other[name]) for name in one}
+    return {name: values for name, values in pairs.items() if values[0] != values[1]}
+
+
+def shown_table() -> dict[str, tuple[str, str]]:
+    "{field: the two cells} of the table of departures that notebook 11 shows."
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    outputs = [o["data"].get("text/markdown", "") for c in cells for o in c.get("outputs", []) if "data" in o]
+    (table,) = ["".join(text) for text in outputs if "`cifar10-published` | where" in "".join(text)]
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*?) \| (.*?) \| .+ \|$", table, re.M)
+    return {name: (a, b) for name, a, b in rows}
+
+
+def test_the_table_of_departures_is_the_difference_of_the_two_presets():
+    found = differing(preset("cifar10"), preset("cifar10-published"))
+    assert shown_table() == {name: tuple(map(str, values)) for name, values in found.items()}
+
+
+def test_the_published_preset_has_the_published_values():
+    "As read in the authors' repository at commit 7af7068; notebook 22 names the files."
+    config = preset("cifar10-published")
+    assert (config.T, config.beta_min, config.beta_max, config.lr) == (4000, 0.01, 50.0, 1e-4)
+    assert (config.objective, config.distance, config.c) == ("published_code", "pseudo_lpips", 1.4e-4)
+    assert config.distance_options == dict(square=False, resize=224)
+    assert (config.batch, config.ema, config.ema_warmup, config.lr_decay) == (8 * 128, 0.9999, False, 0.0)
+    assert config.epochs * -(-50_000 // config.batch) == pytest.approx(1000 * 390, rel=0.01)
+    assert config.net["dropout"] == 0.0 and not config.flip and config.classes is None
+    with torch.device("meta"):
+        count = sum(p.numel() for p in build(config).parameters())
+    assert count == pytest.approx(131.34e6, rel=0.02)
