@@ -81,8 +81,8 @@ ALGORITHM_1 = {
 MEANFLOW = dict(
     objective="meanflow",
     distance="pseudo_huber",
-    distance_options=dict(power=0.25),
-    lr_decay=0.5,
+    distance_options=dict(power=0.1),
+    lr_decay=0.7,
     drop_last=True,
 )
 
@@ -145,7 +145,7 @@ ONE_STEP = {
 PRESETS = {
     **ALGORITHM_1,
     **{f"{name}-one-step": one_step(ALGORITHM_1[name]) for name in ("digits", "cifar10-small", "cifar10")},
-    "mnist-one-step": one_step(ALGORITHM_1["mnist"]) | dict(ema=0.999),
+    "mnist-one-step": one_step(ALGORITHM_1["mnist"]) | dict(ema=0.999, guidance=1.5, label_dropout=0.1),
     **ONE_STEP,
     "cifar10-ten-minutes": consistency(ALGORITHM_1["cifar10"]) | TEN_MINUTES,
     **{name.replace("consistency", "few-steps"): fields | FEW_STEPS for name, fields in ONE_STEP.items()},
