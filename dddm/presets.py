@@ -179,16 +179,22 @@ def preset(name: str, **overrides) -> TrainConfig:
 
 # %% ../nbs/11_presets.ipynb #11-presets-019
 def warn_of_half_a_recipe(name: str, overrides: dict) -> None:
-    "Warn where `overrides` make a preset's objective a consistency one, and name nothing else of the recipe."
+    "Warn where `overrides` give a preset an objective that has a recipe, and name nothing else of the recipe."
     objective, before = overrides.get("objective"), PRESETS[name].get("objective", "paper")
-    recipe = [k for k in CONSISTENCY if k != "objective"]
-    if objective not in ("consistency", "improved_consistency") or "consistency" in before:
+    if objective == "meanflow":
+        recipe, cure = MEANFLOW, "'digits-one-step', or dddm.presets.one_step(fields)"
+        own, least = before == "meanflow", "distance_options"
+    else:
+        recipe, cure = CONSISTENCY, "'digits-consistency', or dddm.presets.consistency(fields)"
+        own, least = "consistency" in before, "level_distribution"
+    if own or objective not in ("consistency", "improved_consistency", "meanflow"):
         return
-    if not any(k in overrides for k in recipe):
+    rest = [k for k in recipe if k != "objective"]
+    if not any(k in overrides for k in rest):
         warnings.warn(
             f"objective={objective!r} changes the objective of preset {name!r} alone. The recipe also sets "
-            f"{', '.join(recipe)}, c and lr: take a preset such as 'digits-consistency', "
-            "or dddm.presets.consistency(fields); or give level_distribution to say that you mean it"
+            f"{', '.join(rest)}, c and lr: take a preset such as {cure}; "
+            f"or give {least} to say that you mean it"
         )
 
 # %% ../nbs/11_presets.ipynb #11-presets-o2
