@@ -179,7 +179,7 @@ def preset(name: str, **overrides) -> TrainConfig:
 
 # %% ../nbs/11_presets.ipynb #11-presets-019
 def warn_of_half_a_recipe(name: str, overrides: dict) -> None:
-    "Warn where `overrides` give a preset an objective that has a recipe, and name nothing else of the recipe."
+    "Warn where `overrides` give a preset an objective that has a recipe, and nothing else of the recipe."
     objective, before = overrides.get("objective"), PRESETS[name].get("objective", "paper")
     if objective == "meanflow":
         recipe, cure = MEANFLOW, "'digits-one-step', or dddm.presets.one_step(fields)"
