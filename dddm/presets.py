@@ -144,7 +144,9 @@ ONE_STEP = {
 # %% ../nbs/11_presets.ipynb #11-presets-016
 PRESETS = {
     **ALGORITHM_1,
-    **{f"{name}-one-step": one_step(ALGORITHM_1[name]) for name in ("digits", "cifar10-small", "cifar10")},
+    "digits-one-step": one_step(ALGORITHM_1["digits"]) | dict(lr=1.5e-3),
+    "cifar10-small-one-step": one_step(ALGORITHM_1["cifar10-small"]),
+    "cifar10-one-step": one_step(ALGORITHM_1["cifar10"]),
     "mnist-one-step": one_step(ALGORITHM_1["mnist"]) | dict(ema=0.999, guidance=1.5, label_dropout=0.1),
     **ONE_STEP,
     "cifar10-ten-minutes": consistency(ALGORITHM_1["cifar10"]) | TEN_MINUTES,
