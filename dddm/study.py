@@ -458,7 +458,8 @@ def network_variants(preset_name: str, resolution: int = 8) -> list[Variant]:
 def one_step_variants(preset_name: str) -> list[Variant]:
     "MeanFlow and the strongest consistency trainings, each with its own recipe, beside algorithm 1."
     fields, rising = PRESETS[preset_name], recipe_settings(preset_name)
-    flow = {k: v for k, v in one_step(fields).items() if fields.get(k) != v}
+    flow = PRESETS.get(f"{preset_name}-one-step") or one_step(fields)
+    flow = {k: v for k, v in flow.items() if fields.get(k) != v}
     few_steps = without(rising, "level_distribution", "levels") | without(FEW_STEPS, "sampler")
     shrinking = dict(level_distribution="shrinking", lr_decay=0.5, drop_last=True)
     improved = dict(objective="improved_consistency")
