@@ -81,8 +81,8 @@ ALGORITHM_1 = {
 MEANFLOW = dict(
     objective="meanflow",
     distance="pseudo_huber",
-    distance_options=dict(power=0.25),
-    lr_decay=0.5,
+    distance_options=dict(power=0.1),
+    lr_decay=0.7,
     drop_last=True,
 )
 
@@ -144,8 +144,10 @@ ONE_STEP = {
 # %% ../nbs/11_presets.ipynb #11-presets-016
 PRESETS = {
     **ALGORITHM_1,
-    **{f"{name}-one-step": one_step(ALGORITHM_1[name]) for name in ("digits", "cifar10-small", "cifar10")},
-    "mnist-one-step": one_step(ALGORITHM_1["mnist"]) | dict(ema=0.999),
+    "digits-one-step": one_step(ALGORITHM_1["digits"]) | dict(lr=1.5e-3),
+    "cifar10-small-one-step": one_step(ALGORITHM_1["cifar10-small"]),
+    "cifar10-one-step": one_step(ALGORITHM_1["cifar10"]),
+    "mnist-one-step": one_step(ALGORITHM_1["mnist"]) | dict(ema=0.999, guidance=1.5, label_dropout=0.1),
     **ONE_STEP,
     "cifar10-ten-minutes": consistency(ALGORITHM_1["cifar10"]) | TEN_MINUTES,
     **{name.replace("consistency", "few-steps"): fields | FEW_STEPS for name, fields in ONE_STEP.items()},
@@ -179,16 +181,22 @@ def preset(name: str, **overrides) -> TrainConfig:
 
 # %% ../nbs/11_presets.ipynb #11-presets-019
 def warn_of_half_a_recipe(name: str, overrides: dict) -> None:
-    "Warn where `overrides` make a preset's objective a consistency one, and name nothing else of the recipe."
+    "Warn where `overrides` give a preset an objective that has a recipe, and nothing else of the recipe."
     objective, before = overrides.get("objective"), PRESETS[name].get("objective", "paper")
-    recipe = [k for k in CONSISTENCY if k != "objective"]
-    if objective not in ("consistency", "improved_consistency") or "consistency" in before:
+    if objective == "meanflow":
+        recipe, cure = MEANFLOW, "'digits-one-step', or dddm.presets.one_step(fields)"
+        own, least = before == "meanflow", "distance_options"
+    else:
+        recipe, cure = CONSISTENCY, "'digits-consistency', or dddm.presets.consistency(fields)"
+        own, least = "consistency" in before, "level_distribution"
+    if own or objective not in ("consistency", "improved_consistency", "meanflow"):
         return
-    if not any(k in overrides for k in recipe):
+    rest = [k for k in recipe if k != "objective"]
+    if not any(k in overrides for k in rest):
         warnings.warn(
             f"objective={objective!r} changes the objective of preset {name!r} alone. The recipe also sets "
-            f"{', '.join(recipe)}, c and lr: take a preset such as 'digits-consistency', "
-            "or dddm.presets.consistency(fields); or give level_distribution to say that you mean it"
+            f"{', '.join(rest)}, c and lr: take a preset such as {cure}; "
+            f"or give {least} to say that you mean it"
         )
 
 # %% ../nbs/11_presets.ipynb #11-presets-o2

@@ -5,6 +5,7 @@ The browser is driven through its DevTools protocol.
 
 import base64
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -16,17 +17,18 @@ import sys
 import time
 import urllib.request
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from dddm import explore, presets, runs, training
+from dddm import config, explore, presets, runs, training
 from dddm.data import digits
 from dddm.model import DDDM
-from dddm.pictures import grid
-from dddm.sampling import ddim
+from dddm.pictures import PALETTE, grid
+from dddm.sampling import ddim, sample
 from dddm.schedule import VPSchedule
 from dddm.zoo import Pretrained
 
@@ -62,7 +64,7 @@ def halving(**options):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     "A run of three steps."
-    config = presets.preset(
+    settings = presets.preset(
         "digits",
         epochs=1,
         batch=600,
@@ -71,18 +73,20 @@ def run(tmp_path_factory):
         device="cpu",
         net=dict(base=16, attention=[], estimate=[4]),
     )
-    return training.train(config, tmp_path_factory.mktemp("runs") / "short", progress=False)
+    return training.train(settings, tmp_path_factory.mktemp("runs") / "short", progress=False)
 
 
-def told(explorer):
-    return explorer.message.value
+def told(explorer, row=0):
+    "What the page says in the frame of a row, or in the only one: the sentence and the picture are one text."
+    return (explorer.rows[row] if hasattr(explorer, "rows") else explorer).frame.html.value
 
 
 # Trajectories
 
 
-def test_trajectory_of_a_known_map():
-    t = explore.Trajectory(halving(), n=5, steps=30, dtype=torch.float32).run(batch_size=2)
+def test_trajectory_of_a_known_map(monkeypatch):
+    monkeypatch.setattr(explore, "BATCH", 2)
+    t = explore.Trajectory(halving(), n=5, steps=30, dtype=torch.float32).run()
     for s in t.steps:
         torch.testing.assert_close(t.samples(s), t.x0 / 2**s)
     norm = t.x0.flatten(1).norm(dim=1).mean().item()
@@ -90,7 +94,7 @@ def test_trajectory_of_a_known_map():
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "renoise"])
-def test_trajectory_of_another_sampler(sampler):
+def test_trajectory_of_another_sampler(sampler, monkeypatch):
     """Each kept number of steps is a run of its own from the same noise.
 
     DDIM's are those of `ddim`; re-noised images of a longer list are the same as those of a shorter one, and
@@ -103,18 +107,15 @@ def test_trajectory_of_another_sampler(sampler):
     model = DDDM(Halving(), VPSchedule())
     model.net.forward = f
     model.sampler = sampler
-    t = explore.Trajectory(model, n=5, dtype=torch.float32).run(batch_size=2)
-    assert (
-        t.sampler == sampler
-        and t.steps == explore.log_steps(100)
-        and t.done == 100
-        and torch.equal(t.samples(0), t.x_T)
-    )
+    monkeypatch.setattr(explore, "BATCH", 2)
+    t = explore.Trajectory(model, n=5, dtype=torch.float32).run()
+    assert t.steps == explore.log_steps(100) and t.done == 100 and torch.equal(t.samples(0), t.x_T)
     if sampler == "ddim":
         for s in (1, 3, 100):
             torch.testing.assert_close(
                 t.samples(s), ddim(model, t.x_T, s, clamp=False, x0=t.x0), rtol=1e-4, atol=1e-5
             )
+    monkeypatch.undo()
     torch.testing.assert_close(
         explore.Trajectory(model, n=3, steps=7, dtype=torch.float32).run().samples(7), t.samples(7)[:3]
     )
@@ -127,13 +128,8 @@ def test_trajectory_of_another_sampler(sampler):
     ]
     np.testing.assert_allclose(t.moved[np.array(t.steps[1:]) - 1], moved, rtol=1e-5)
     assert np.isnan(np.delete(t.moved, np.array(t.steps[1:]) - 1)).all()
-    assert (
-        explore.Trajectory(model, n=5, sampler="iterate").sampler,
-        len(explore.Trajectory(model, n=5, sampler="iterate").moved),
-    ) == ("iterate", 1000)
     for wrong, words in (
         (dict(steps=2000), "has T=1000 times"),
-        (dict(sampler="dim"), "did you mean 'ddim'"),
         (dict(steps=[1, 5]), "begins with 0"),
         (dict(steps=[0, 5, 5]), "ascending"),
     ):
@@ -157,10 +153,12 @@ def test_a_model_of_few_steps_is_shown_by_its_own_sampler():
     ) and "from the one after 4, on average" in told(explorer)
     for _, step in explorer.step.options:  # whatever the slider offers up to 100 is there
         explorer.step.value = step
-        assert "computed" not in told(explorer) and (step > 100 or f" after {step:,} step" in told(explorer))
+        assert "being computed" not in told(explorer) and (
+            step > 100 or f" after {step:,} step" in told(explorer)
+        )
     explorer.step.value = 1000
     assert "after 100 steps" in told(explorer) and "This sampler is shown up to 100 steps." in told(explorer)
-    explorer.model.value = "digits-paper"
+    explorer.rows[0].model.value = "digits-paper"
     explorer.wait()
     assert (
         "after 1,000 steps: the last one moved" in told(explorer)
@@ -208,6 +206,121 @@ def test_kept_trajectories_stay_within_the_bound():
     assert torch.equal(explorer.wait().trajectory.frames, first.frames)
 
 
+def figures():
+    "How many matplotlib figures are alive."
+    from matplotlib.figure import Figure
+
+    gc.collect()
+    return sum(type(o) is Figure for o in gc.get_objects())
+
+
+def test_what_is_kept_are_numbers_not_figures():
+    """A figure of the curves takes megabytes: however many seeds are kept, one is alive.
+
+    And a model that many trajectories share is kept, and counted, once.
+    """
+    explorer, before = explore.StepExplorer("digits-paper", n=1, steps=2, runs=()).wait(), figures()
+    for seed in range(1, 6):
+        explorer.seed.value = seed
+        explorer.wait()
+    assert figures() == before
+    kept = [t for t, _ in explorer.cache.values()]
+    assert len(kept) == 6
+    model = kept[0].model
+    assert all(t.model is model for t in kept)
+    weights = sum(p.nbytes for p in (*model.parameters(), *model.buffers()))
+    assert weights > 1e6 and explore.kept_bytes(kept + kept) == weights + sum(
+        t.frames.nbytes + 3 * t.x_T.nbytes + t.moved.nbytes for t in kept
+    )
+    explorer.memory = explore.kept_bytes(kept)  # full: the next one makes room
+    explorer.seed.value = 9
+    explorer.wait()
+    assert [key[1] for key in explorer.cache] == [1, 2, 3, 4, 5, 9]
+    explorer.close()
+
+
+# Several models
+
+
+def random_model(objective):
+    "A network for MNIST with random weights, told the class, and opened as a shipped one is."
+    estimate = [] if objective == "meanflow" else [14]
+    net = dict(base=16, multipliers=[1, 1], attention=[], estimate=estimate)
+    settings = presets.preset("mnist", objective=objective, classes=10, net=net)
+    torch.manual_seed(0)
+    return Pretrained(config.build(settings).eval(), settings)
+
+
+def test_rows_of_mnist_start_from_the_same_noise(monkeypatch):
+    """MeanFlow and the paper's objective, 28x28, told the classes: a row is what `sample` makes of the seed.
+
+    The number in a frame is that of its picture, also where a row ends before the slider does.
+    """
+    monkeypatch.setitem(explore.LONGEST, "meanflow", 10)
+    models = random_model("meanflow"), random_model("paper")
+    explorer = explore.StepExplorer(*models, n=4, seed=3, steps=20).wait()
+    flow, iterated = (row.trajectory for row in explorer.rows)
+    assert torch.equal(flow.x_T, iterated.x_T) and flow.frames.shape[2:] == (1, 28, 28)
+    assert (flow.steps[-1], iterated.steps[-1], explorer.progress.value) == (10, 20, 30)
+    label = torch.arange(4)
+    for t, model in zip((flow, iterated), models):
+        for s, x in sample(model, 4, (1, 2, 10), seed=3, label=label).items():
+            assert (t.samples(s) - x).abs().max() < 1 / 255 + 1e-4
+    explorer.step.value = 5
+    assert "after 5 steps along the flow: an image is" in told(explorer, 0)
+    assert "after 5 steps: the last one moved an image by" in told(explorer, 1)
+    explorer.step.value = 20
+    assert "after 10 steps along the flow" in told(explorer, 0)
+    assert "This sampler is shown up to 10 steps." in told(explorer, 0)
+    assert "after 20 steps" in told(explorer, 1) and "shown up to" not in told(explorer, 1)
+    explorer.label.value = 7
+    assert (explorer.wait().trajectory.label == 7).all() and len(explorer.cache) == 4
+    explorer.close()
+
+
+def test_rows_keep_in_step_and_the_page_keeps_its_height():
+    "While two models of unequal speed are computed neither is ahead, and no frame changes its height."
+    explorer = explore.StepExplorer(halving(seconds=0.01), halving(seconds=0.03), n=2, steps=60)
+    frames = [*(row.frame for row in explorer.rows), explorer.curves]
+    heights, ahead = [frame.html.layout.height for frame in frames], []
+    explorer.step.value = 60
+    while explorer.thread.is_alive():
+        with explorer.lock:
+            done = [row.trajectory.done for row in explorer.rows if row.trajectory]
+            said = [told(explorer, k) for k in range(2)]
+        ahead += [abs(done[0] - done[1])] if len(done) == 2 else []
+        assert all("after 60 step" in text or "computed" in text for text in said if "after" in text)
+        time.sleep(0.02)
+    assert max(ahead) <= 2 and [frame.html.layout.height for frame in frames] == heights
+    assert all(frame.html.layout.height for frame in frames)
+    assert "data:image/png" in explorer.curves.html.value
+    explorer.close()
+
+
+def test_a_broken_model_leaves_the_other_row_alone(tmp_path):
+    explorer = explore.StepExplorer(halving(), tmp_path, n=2, steps=5, runs=()).wait()
+    assert "dddm-wrong" in told(explorer, 1) and "empty directory" in told(explorer, 1)
+    assert "after 1 step:" in told(explorer, 0) and "data:image/png" in explorer.curves.html.value
+    explorer.rows[1].model.value = None
+    explorer.wait()
+    assert explorer.rows[1].frame.html.layout.display == "none" and len(explorer.cache) == 1
+    explorer.close()
+
+
+def test_curves_of_a_class_are_not_compared_with_all_digits():
+    "FD-digits stands only where the images are of all classes; the other curves always."
+    model = Pretrained.from_pretrained("digits-consistency")
+    every, fours = (explore.Trajectory(model, n=66, label=label, steps=2).run() for label in (None, 4))
+    titles = [list(explore.curves(t, digits())) for t in (every, fours)]
+    assert titles[0] == titles[1] + ["FD-digits, 66 images"] and len(titles[1]) == 2
+
+
+def test_two_lines_never_have_the_same_colour():
+    models = [Pretrained.from_pretrained("digits-paper"), random_model("paper"), halving()]
+    colours = explore.line_colours(models)
+    assert len(set(colours)) == 3 and colours[0] == PALETTE["paper"]
+
+
 # The widget
 
 
@@ -216,7 +329,7 @@ def test_only_what_was_asked_for_last_is_shown():
     for seed in range(1, 6):
         explorer.seed.value = seed
     assert (
-        list(explorer.wait().cache) == [(explorer.model.value, 5, 2, None)]
+        list(explorer.wait().cache) == [(explorer.rows[0].model.value, 5, 2, None)]
         and explorer.trajectory.done == 500
     )
     assert torch.equal(explorer.trajectory.x_T, explore.Trajectory(halving(), 2, 5).x_T)
@@ -239,7 +352,8 @@ def test_while_computing_the_last_computed_step_is_drawn():
     explorer = explore.StepExplorer(halving(seconds=0.02), n=2, steps=200)
     explorer.step.value = 200
     wait_for("a step", lambda: "is being computed" in told(explorer), 20)
-    assert 0 < explorer.progress.value < 200 and "data:image/png;base64," in explorer.image.value
+    assert 0 < explorer.progress.value < 200 and "data:image/png;base64," in told(explorer)
+    assert "when all steps are computed" in explorer.curves.html.value
     assert "after 200 steps" in told(explorer.wait()) and explorer.progress.value == 200
     explorer.close()
 
@@ -254,12 +368,17 @@ def test_a_redraw_takes_less_than_a_tenth_of_a_second(model, n):
     assert min(times[:20]) < 0.1 and sorted(times)[len(times) // 4] < 0.1  # quartile: the machine may be busy
 
 
+def everything(box):
+    "A widget and all that it holds."
+    return {box}.union(*(everything(child) for child in getattr(box, "children", ())))
+
+
 def test_a_notebook_shows_the_box_and_figures_without_pyplot():
     explorer = explore.StepExplorer(halving(), n=2, steps=3).wait()
     shown = explorer._repr_mimebundle_()
     assert shown["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.box.model_id
     assert shown["text/plain"].startswith("StepExplorer: run this cell")
-    assert explorer.message in explorer.box.children and explorer.image in explorer.box.children
+    assert {explorer.step, explorer.rows[0].frame.html} <= everything(explorer.box)
     explorer.close()
     with Image.open(io.BytesIO(explore.new_figure(2, 1)._repr_png_())) as picture:
         assert picture.size == (160, 80)
@@ -275,8 +394,8 @@ def test_python_ends_while_a_trajectory_is_computed():
 
 def test_runs_are_found_and_opened(run):
     explorer = explore.StepExplorer(runs=(run.parent, run.parent.parent / "nowhere"), n=2, steps=3).wait()
-    assert str(run) in [value for _, value in explorer.model.options]
-    explorer.model.value = str(run)
+    assert str(run) in [value for _, value in explorer.rows[0].model.options]
+    explorer.rows[0].model.value = str(run)
     assert torch.equal(
         explorer.wait().trajectory.frames, explore.Trajectory(runs.load(run), 2, steps=3).run().frames
     )
@@ -314,7 +433,7 @@ def test_a_broken_run_is_a_message(run, tmp_path, damage, message):
     damage(tmp_path / "run")
     explorer = explore.StepExplorer(tmp_path / "run", n=2, steps=3).wait()
     assert "dddm-wrong" in told(explorer) and message in told(explorer)
-    explorer.model.value = "digits-paper"  # and the reader goes on
+    explorer.rows[0].model.value = "digits-paper"  # and the reader goes on
     assert "dddm-message" in told(explorer.wait())
 
 
@@ -347,7 +466,7 @@ def test_points_of_another_dimension_are_a_message():
     )
     assert "dddm-wrong" in told(explorer)
     explorer.model.value = "points"
-    assert "dddm-message" in told(explorer) and "data:image/png;base64," in explorer.image.value
+    assert "dddm-message" in told(explorer) and "data:image/png;base64," in told(explorer)
     explorer.n.value = -3
     assert "n=-3" in told(explorer)
 
@@ -359,13 +478,8 @@ def test_points_of_a_model_that_walks_down_the_schedule():
     mixture, model = GaussianMixture(torch.zeros(1, 2), [1.0], [1.0]), halving(shape=(2,))
     model.sampler = "ddim"
     explorer = explore.MixtureExplorer(mixture, {"points": model}, n=5)
-    title, at, moved = explorer.trajectory.moves()
-    assert (
-        title == "distance from fewer steps"
-        and at[-1] == 100
-        and np.isfinite(moved).all()
-        and len(moved) == len(at)
-    )
+    at, moved = explorer.trajectory.moves()
+    assert at[-1] == 100 and np.isfinite(moved).all() and len(moved) == len(at)
     explorer.step.value = 1000
     assert "after 100 steps" in told(explorer) and "up to 100 steps" in told(explorer)
     with pytest.raises(ValueError, match="run.. it first"):
@@ -386,7 +500,7 @@ def test_figures_are_matplotlib_figures():
         explore.steps_figure(explore.Trajectory(halving(), 2), steps=(3,))
 
 
-def test_gif_and_strip(tmp_path):
+def test_gif(tmp_path):
     t = explore.Trajectory(halving(shape=(3, 8, 8)), n=3, steps=20).run()
     with Image.open(explore.save_trajectory(t, tmp_path / "new" / "a.gif", images=2)) as gif:
         assert gif.n_frames == len(t.steps) and gif.info["loop"] == 0
@@ -396,18 +510,14 @@ def test_gif_and_strip(tmp_path):
             stills.append(np.asarray(gif.convert("RGB"), dtype=int)[20:])
     for still, k in zip(stills, (0, 3, len(t.steps) - 1)):
         assert abs(still - grid(t.samples(t.steps[k])[:2], 2, 6)).mean() < 12  # a GIF has 256 colours
-    with Image.open(explore.save_trajectory(t, tmp_path / "a.png", steps=(0, 1, 20))) as strip:
-        pixels = np.asarray(strip)[20:]
-    x = torch.stack([t.samples(s)[i] for i in range(3) for s in (0, 1, 20)])
-    assert (pixels == grid(x, 3, 6)).all()
-    for wrong in (
-        dict(path=tmp_path / "a.jpg"),
-        dict(path=tmp_path / "b.png", steps=(21,)),
-        dict(path=tmp_path / "b.png", images=0),
+    for wrong, words in (
+        (dict(path=tmp_path / "a.png"), "must be .gif"),
+        (dict(path=tmp_path / "b.gif", images=0), "images=0"),
+        (dict(path=tmp_path / "b.gif", trajectory=explore.Trajectory(halving(), 2)), "run.. it first"),
     ):
-        with pytest.raises(ValueError):
-            explore.save_trajectory(t, **wrong)
-    assert not (tmp_path / "b.png").exists()
+        with pytest.raises(ValueError, match=words):
+            explore.save_trajectory(**(dict(trajectory=t) | wrong))
+    assert not (tmp_path / "b.gif").exists()
 
 
 # A browser
@@ -577,22 +687,38 @@ def cell(containing):
     reason="no chromium, chromium-browser or google-chrome on the PATH: apt-get install chromium",
 )
 @pytest.mark.parametrize("app, path", [("jupyterlab", "lab/tree"), ("notebook", "notebooks")])
-def test_slider_in_a_browser(root, tmp_path, app, path):
+@pytest.mark.parametrize("name", ["play", "others"])
+def test_slider_in_a_browser(root, tmp_path, name, app, path):
     "Run All; drag the slider, press its arrow keys: the picture changes, and nothing shows an error."
     pytest.importorskip("websocket")
     pytest.importorskip(app, reason=f"{app} is not installed")
-    shutil.copytree(
-        root / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns("[01][01]*.ipynb", "train.ipynb")
-    )
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(root / "nbs" / "play.ipynb", tmp_path / "nbs")
+    cells = [nbformat.v4.new_code_cell(source) for source in OTHERS]
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3"))
+    others = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(others, tmp_path / "nbs" / "others.ipynb")
     with server(app, tmp_path) as address:
-        page = Page(tmp_path / "browser", f"{address}/{path}/nbs/13_explore.ipynb?token=explore")
+        page = Page(tmp_path / "browser", f"{address}/{path}/nbs/{name}.ipynb?token=explore")
         try:
-            drive(page, tmp_path, arrows=app == "jupyterlab")
+            run_all(page)
+            drive(page, name, tmp_path, arrows=app == "jupyterlab")
+            assert page.js(ERRORS) == [] and page.js(STDERR) == 0 and page.js(BROKEN) == 0
         finally:
             page.shot(tmp_path / "last.png")
             page.close()
 
 
+OTHERS = (  # a notebook of the other two sliders
+    """import torch
+from dddm.explore import DistanceExplorer, MixtureExplorer
+from dddm.model import DDDM
+from dddm.schedule import VPSchedule
+from dddm.toy import RingNet, eight_gaussians
+ring, model = eight_gaussians(), DDDM(RingNet(generator=torch.Generator().manual_seed(0)), VPSchedule())""",
+    "MixtureExplorer(ring, dict(random=model), n=50, steps=100)",
+    "DistanceExplorer()",
+)
 OUTPUTS = f"""{PANEL}.content.widgets
     .filter(c => c.model.type === 'code').flatMap(c => c.model.sharedModel.outputs)"""
 ERRORS = f"""{OUTPUTS}.filter(o => o.output_type === 'error').map(o => o.ename + ': ' + o.evalue)"""
@@ -609,18 +735,19 @@ class Widget:
         self.page, self.name, number = page, name, page.js(cell(source))
         self.node = f"{PANEL}.content.widgets[{number}].node"
         self.picture = f"{self.node}.querySelector('.widget-html img')"
-        self.message = f"{self.node}.querySelector('.dddm-message').textContent"
+        self.box = f"{self.node}.querySelector('.jp-OutputArea-output .widget-vbox')"
+        self.message = f"[...{self.node}.querySelectorAll('.dddm-message')].map(e => e.textContent).join(' ')"
         self.handle = f"{self.node}.querySelector('.noUi-handle')"
         there = f"nb.activeCellIndex = {number}; nb.scrollToItem({number}, 'start')"
         page.js(f"(nb => {{ {there} }})({PANEL}.content)")
         wait_for("the widget", lambda: page.js(f"{self.picture}?.width > 100"))
-        page.js(f"{self.node}.querySelector('.jp-OutputArea-output .widget-vbox').scrollIntoView()")
+        page.js(f"{self.box}.scrollIntoView()")
         self.seen = [self.look()]
 
     def still(self):
-        before = self.page.box(self.picture)
+        before = self.page.box(self.box)
         time.sleep(0.5)
-        return before[2] > 100 and self.page.box(self.picture) == before and before
+        return before[2] > 100 and self.page.box(self.box) == before and before
 
     def look(self):
         """The picture and the message beside it, once it has stayed in its place.
@@ -655,8 +782,17 @@ class Widget:
         send = "s.dispatchEvent(new Event('change', {bubbles: true}))"
         self.page.js(f"(s => {{ s.selectedIndex = {option}; {send} }})({self.menu(number)})")
 
+    def keeps_its_height(self, seconds=2):
+        "Whether the box is as high as it was, whenever it is looked at for a while."
+        height, end = self.page.box(self.box)[3], time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.page.box(self.box)[3] != height:
+                return False
+        return True
 
-def drive(page, folder, arrows):
+
+def run_all(page):
+    "Run all cells of the notebook on a page."
     wait_for(
         "the notebook",
         lambda: page.js(f"typeof jupyterapp !== 'undefined' && !!{PANEL}?.content?.widgets?.length"),
@@ -665,41 +801,50 @@ def drive(page, folder, arrows):
     page.js(f"jupyterapp.shell.activateById({PANEL}.id)")
     page.js("jupyterapp.commands.execute('notebook:run-all-cells').then(() => 1)")
     assert page.js(ERRORS) == []
-    for name, source, moves in (
-        ("step", "explorer = StepExplorer()", (300, -120)),
-        ("plane", "plane = MixtureExplorer(ring, models)", (250,)),
-        ("panel", "panel = DistanceExplorer()", (-100,)),
-    ):
+
+
+WIDGETS = {  # notebook: a name of a widget, words of its cell, pixels to drag
+    "play": [("step", "StepExplorer(", (-100, 120))],
+    "others": [("plane", "MixtureExplorer(ring", (250,)), ("panel", "DistanceExplorer()", (-100,))],
+}
+
+
+def drive(page, notebook, folder, arrows):
+    "Move what there is to move."
+    for name, source, moves in WIDGETS[notebook]:
         widget = Widget(page, name, source)
         for dx in moves:
             page.drag(widget.handle, dx)
             widget.changed(f"a drag by {dx} pixels")
         page.shot(folder / f"{name}.png")
-        if name != "panel":
-            widget.type("3")
-            widget.changed("a number in the field")
         page.js(f"{widget.handle}.focus()")
         for key in ("ArrowLeft", "ArrowRight") if arrows else ():  # Notebook 7 does not let them through
             page.key(key)
             widget.changed(key)
+        if name != "panel":
+            widget.type("3")
+            assert widget.keeps_its_height()
+            widget.changed("a number in the field")
         if name == "step":
             choose_models(page, widget, folder)
         assert page.js(f"{widget.node}.querySelectorAll('.dddm-wrong').length") == 0
-    assert page.js(STDERR) == 0 and page.js(BROKEN) == 0
 
 
 def choose_models(page, widget, folder):
-    "The second shipped model has classes: its control appears, and works. The third one is re-noised."
-    widget.pick(0, 1)
-    widget.changed("another model")
-    shown = f"(s => s.offsetParent !== null && s.options.length)({widget.menu(1)})"
-    wait_for("the classes", lambda: page.js(shown) == 11)
-    widget.pick(1, 4)
+    """The second row's model has classes, so their menu is there. The first row's first model has none.
+
+    The third model is re-noised, and says so.
+    """
+    classes = "the classes", lambda: page.js(f"{widget.menu(0)}.options.length") == 11
+    wait_for(*classes)
+    widget.pick(0, 4)
+    assert widget.keeps_its_height()
     widget.changed("a class")
     page.shot(folder / "class.png")
-    widget.pick(0, 2)
-    widget.changed("a third model")
+    widget.pick(1, 2)
     wait_for("the words on its sampler", lambda: "of re-noising" in page.js(widget.message))
-    what = "the menu of classes to say what is shown"
-    wait_for(what, lambda: page.js(f"{widget.menu(1)}.selectedIndex") == 0)
+    wait_for("the curves", lambda: page.js(f"{widget.node}.querySelectorAll('img').length") == 3, 400)
+    widget.changed("another model")
+    wait_for(*classes)
+    assert page.js(f"{widget.menu(0)}.selectedIndex") == 4  # the class that was chosen stays
     page.shot(folder / "few.png")

@@ -97,7 +97,7 @@ def test_a_damaged_or_missing_shipped_model_is_named(tmp_path, monkeypatch):
         ValueError, match="model.safetensors is damaged: its sha256 is .*: install dddm again"
     ):
         Pretrained.from_pretrained(name)
-    assert "dddm-wrong" in StepExplorer(name, steps=2).wait().message.value
+    assert "dddm-wrong" in StepExplorer(name, steps=2).wait().rows[0].frame.html.value
     path.unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors is missing: install dddm again"):
         Pretrained.from_pretrained(name)
