@@ -412,9 +412,9 @@ def refuse_pixels(extractor: str) -> None:
 
 
 def energy_of(x: torch.Tensor, y: torch.Tensor, most: int = 2000) -> float:
-    "`energy_distance` of features [n, D] and [N, D]; of more than `most` rows, of that many at even spacing."
-    x, y = (v[evenly(min(most, len(v)), len(v), "features")] for v in (x, y))
-    return energy_distance(x, y)
+    "`energy_distance` of features [n, D] and [N, D]; of at most `most` of either, drawn with a seed."
+    some = (torch.randperm(len(v), generator=torch.Generator().manual_seed(0))[:most] for v in (x, y))
+    return energy_distance(*(v[rows] for v, rows in zip((x, y), some)))
 
 
 def check_metrics(metrics: tuple, reference, e: Extractor | None = None) -> None:
