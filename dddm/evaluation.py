@@ -68,6 +68,7 @@ class Subject(NamedTuple):
 
     model: f_θ with averaged weights. trained: its number of training steps. dtype: in which it is sampled.
     identity: what tells its samples from those of another run, as JSON values.
+    labels: [N], the classes that samples take in turn; None: 0, 1, …, in turn.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Subject(NamedTuple):
     trained: int
     identity: dict
     dtype: torch.dtype
+    labels: torch.Tensor | None = None
 
     @property
     def budget(self) -> str:
@@ -87,6 +89,12 @@ class Subject(NamedTuple):
     def goes_on(self) -> bool:
         "Whether the samples of more steps go on from those of fewer: algorithm 2."
         return self.sampler == "iterate"
+
+    def classes_of(self, rows: torch.Tensor) -> torch.Tensor | None:
+        "The class of each of the samples numbered `rows`; None where the model knows no classes."
+        if self.config.classes is None or self.labels is None:
+            return None if self.config.classes is None else rows % self.config.classes
+        return self.labels[rows % len(self.labels)]
 
 # %% ../nbs/11b_evaluation.ipynb #11b-evaluation-006-part0
 def open_subject(path, n: int, steps, sampler=None, data=None, precision="auto", device=None) -> Subject:
@@ -113,6 +121,15 @@ def open_subject(path, n: int, steps, sampler=None, data=None, precision="auto",
     if dtype != torch.float32:
         identity["dtype"] = str(dtype)
     return subject
+
+
+def with_shares(subject: Subject, images: Images) -> Subject:
+    "A subject of one's own images with classes, which its samples then have as often as the data."
+    if subject.config.classes is None or subject.config.data in ("digits", *KNOWN):
+        return subject
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    identity = {**subject.identity, "labels": "as often as in the data"}
+    return subject._replace(labels=images.labels.cpu()[order], identity=identity)
 
 
 def common_images(subjects: list[Subject]) -> Images:
@@ -180,7 +197,7 @@ def advance(subject: Subject, seed: int, rows, before: KeptImages, steps: int, t
     """
     model, shape = subject.model, subject.model.shape
     device = next(model.parameters()).device
-    label = None if subject.config.classes is None else rows % subject.config.classes
+    label = subject.classes_of(rows)
     x_T, x0 = (to_device(v, device) for v in draws(seed, rows, shape))
     with number_format(device, subject.dtype):
         if subject.goes_on:
@@ -405,6 +422,7 @@ def open_evaluation(
     device, paths, steps = device_or_default(device), [Path(p) for p in runs], sorted(steps)
     subjects = [open_subject(p, n, steps, sampler, data, precision, device) for p in paths]
     images = common_images(subjects)
+    subjects = [with_shares(s, images) for s in subjects]
     out = Path(out) if out else (paths[0] if len(paths) == 1 else paths[0].parent) / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     batch_size = batch_size or (1024 if device.type == "cuda" else 250)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from dddm.evaluation import open_evaluation
 from dddm.metrics import energy_distance, evaluate
 from dddm.presets import main, own_images, own_network
 from dddm.runs import history, read_config
@@ -64,16 +65,17 @@ def test_a_folder_is_trained_sampled_evaluated_and_resumed(root, tmp_path, pixel
 
     The distance is that of the pixels: nothing is downloaded, and no network of other images judges.
     """
-    shapes(tmp_path / "pictures")
+    for rare in sorted((shapes(tmp_path / "pictures") / "disc").iterdir())[4:]:
+        rare.unlink()
     out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     small = "net: {base: 8}, sample_every: 0, device: cpu"
     parameters = f"preset: own, data: pictures, size: 8, out: {out}, overrides: {{epochs: 2, {small}}}"
     text = papermill("train.ipynb", tmp_path / "out.ipynb", parameters, root, tmp_path)
-    assert "pictures: 42 images, shape (3, 8, 8) resized to size=8; 3 classes" in text
-    assert "classes: 3: disc (14), square (14), triangle (14)" in text and "starts at step 0 of 2" in text
+    assert "pictures: 32 images, shape (3, 8, 8) resized to size=8; 3 classes" in text
+    assert "classes: 3: disc (4), square (14), triangle (14)" in text and "starts at step 0 of 2" in text
     config = read_config(out)
-    assert (config.data, config.classes, config.batch) == (str((tmp_path / "pictures").resolve()), 3, 42)
+    assert (config.data, config.classes, config.batch) == (str((tmp_path / "pictures").resolve()), 3, 32)
 
     done = start(["dddm.zoo", out, "--n", "6", "--label", "2", "--out", "grid.png"], root, elsewhere)
     assert done.returncode == 0, done.stderr
@@ -86,7 +88,10 @@ def test_a_folder_is_trained_sampled_evaluated_and_resumed(root, tmp_path, pixel
     found, about = load_results(out / "evaluation" / "results.json")
     scored = found["run, 1 steps, seed 1"]
     assert set(scored) == {"energy distance", "diversity", "mean shift", "copies"}
-    assert scored["energy distance"].reference_n == 42 and about["real"]["spread"] > 0
+    assert scored["energy distance"].reference_n == 32 and about["real"]["spread"] > 0
+
+    [subject] = open_evaluation([out], [1], 12, [0], device="cpu").subjects
+    assert subject.classes_of(torch.arange(64)).bincount().tolist() == [8, 28, 28]
 
     parameters = f"preset: own, data: ../pictures/, size: 8, out: {out}, overrides: {{epochs: 3, {small}}}"
     text = papermill("train.ipynb", tmp_path / "again.ipynb", parameters, root, elsewhere)
