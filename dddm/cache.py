@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 from tqdm.auto import tqdm
 
+from .checks import progress_file
 from .decoding import SKIP_HINT
 from .sources import Source
 
@@ -47,7 +48,9 @@ def write_pixels(file, source: Source, on_error: str) -> dict:
     """
     file.write(bytes(HEADER))
     sha256, labels, skipped, count, shape = hashlib.sha256(), [], [], 0, None
-    with tqdm(total=source.count, desc=f"decoding {source.where.name}", unit="image", delay=2) as bar:
+    with tqdm(
+        file=progress_file(), total=source.count, desc=f"decoding {source.where.name}", unit="image", delay=2
+    ) as bar:
         for block in source.blocks():
             if block.bad and on_error == "stop":
                 raise ValueError(f"{source.where}: {block.bad[0]}. {SKIP_HINT}")

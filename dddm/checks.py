@@ -9,6 +9,7 @@ __all__ = ['refuse_unknown', 'check_count', 'check_finite', 'JobParameters']
 import difflib
 import numbers
 import os
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -125,3 +126,32 @@ class JobParameters:
         if name in self.before or name.startswith("_") or name == "papermill":
             return False
         return self.names[name] is not self
+
+# %% ../nbs/000a_checks.ipynb #000a-checks-p2
+class OneLine:
+    "A file for a progress bar: what is written last is the one output that the notebook keeps."
+
+    encoding = "utf-8"
+
+    def __init__(self):
+        self.handle = None
+
+    def write(self, text: str) -> None:
+        from IPython.display import display
+
+        shown = {"text/plain": text.strip("\r\n")}
+        if not shown["text/plain"]:
+            return
+        if self.handle is None:
+            self.handle = display(shown, raw=True, display_id=True)
+        else:
+            self.handle.update(shown, raw=True)
+
+    def flush(self) -> None:
+        "Nothing is held back."
+
+
+def progress_file():
+    "Where a progress bar writes: in a notebook a new `OneLine`, elsewhere stderr."
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return sys.stderr if getattr(shell, "kernel", None) is None else OneLine()

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .cache import cache_folder
-from .checks import check_count
+from .checks import check_count, progress_file
 from .data import Images, load
 from .features import FEATURES, network
 from .losses import published_file
@@ -572,7 +572,9 @@ def extract(
         raise ValueError(f"{name}: images are {tuple(source.shape)}, expected {tuple(shape)} (C, H, W)")
     collector = Collector(extractor, name, shape, source.n, logits)
     label = f"{extractor.name} on {name}"
-    with tqdm(total=source.n, desc=label, unit="image", delay=2, disable=not progress) as bar:
+    with tqdm(
+        file=progress_file(), total=source.n, desc=label, unit="image", delay=2, disable=not progress
+    ) as bar:
         for x in source.batches(batch_size):
             collector.add(x)
             bar.update(len(x))

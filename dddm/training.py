@@ -29,6 +29,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from . import data as images
+from .checks import progress_file
 from .config import TrainConfig, draw, ema_decay, learning_rate, step_seed
 from dddm.passes import (
     Run,
@@ -443,7 +444,14 @@ def train(
         signals = stack.enter_context(stop_signals())
         hidden = not (progress and run.main)
         bar = stack.enter_context(
-            tqdm(total=run.steps, initial=run.done, unit="step", mininterval=1, disable=hidden)
+            tqdm(
+                file=progress_file(),
+                total=run.steps,
+                initial=run.done,
+                unit="step",
+                mininterval=1,
+                disable=hidden,
+            )
         )
         if run.resumed and grid_due(run):
             sample_grid(run)  # a kill came between the checkpoint and its grid
