@@ -37,7 +37,15 @@ from dddm.extractors import (
     statistics,
 )
 from .features import FEATURES
-from .metrics import Memorisation, Result, frechet, measure, memorisation, precision_recall
+from dddm.metrics import (
+    Memorisation,
+    Result,
+    energy_of,
+    frechet,
+    measure,
+    memorisation,
+    precision_recall,
+)
 from .passes import load_images
 from .runs import load, newest_checkpoint, read_config
 from dddm.sampling import (
@@ -60,6 +68,7 @@ class Subject(NamedTuple):
 
     model: f_θ with averaged weights. trained: its number of training steps. dtype: in which it is sampled.
     identity: what tells its samples from those of another run, as JSON values.
+    labels: [N], the classes that samples take in turn; None: 0, 1, …, in turn.
     """
 
     name: str
@@ -69,6 +78,7 @@ class Subject(NamedTuple):
     trained: int
     identity: dict
     dtype: torch.dtype
+    labels: torch.Tensor | None = None
 
     @property
     def budget(self) -> str:
@@ -79,6 +89,12 @@ class Subject(NamedTuple):
     def goes_on(self) -> bool:
         "Whether the samples of more steps go on from those of fewer: algorithm 2."
         return self.sampler == "iterate"
+
+    def classes_of(self, rows: torch.Tensor) -> torch.Tensor | None:
+        "The class of each of the samples numbered `rows`; None where the model knows no classes."
+        if self.config.classes is None or self.labels is None:
+            return None if self.config.classes is None else rows % self.config.classes
+        return self.labels[rows % len(self.labels)]
 
 # %% ../nbs/11b_evaluation.ipynb #11b-evaluation-006-part0
 def open_subject(path, n: int, steps, sampler=None, data=None, precision="auto", device=None) -> Subject:
@@ -105,6 +121,15 @@ def open_subject(path, n: int, steps, sampler=None, data=None, precision="auto",
     if dtype != torch.float32:
         identity["dtype"] = str(dtype)
     return subject
+
+
+def with_shares(subject: Subject, images: Images) -> Subject:
+    "A subject of one's own images with classes, which its samples then have as often as the data."
+    if subject.config.classes is None or subject.config.data in ("digits", *KNOWN):
+        return subject
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    identity = {**subject.identity, "labels": "as often as in the data"}
+    return subject._replace(labels=images.labels.cpu()[order], identity=identity)
 
 
 def common_images(subjects: list[Subject]) -> Images:
@@ -172,7 +197,7 @@ def advance(subject: Subject, seed: int, rows, before: KeptImages, steps: int, t
     """
     model, shape = subject.model, subject.model.shape
     device = next(model.parameters()).device
-    label = None if subject.config.classes is None else rows % subject.config.classes
+    label = subject.classes_of(rows)
     x_T, x0 = (to_device(v, device) for v in draws(seed, rows, shape))
     with number_format(device, subject.dtype):
         if subject.goes_on:
@@ -272,8 +297,14 @@ class Samples:
         return self.n * (max(left) - (reached if reached <= min(left) else 0))
 
 # %% ../nbs/11b_evaluation.ipynb #11b-evaluation-012
-EXTRACTORS = {about["images"]: name for name, about in FEATURES.items()}  # by data; all other: "inception"
+EXTRACTORS = {about["images"]: name for name, about in FEATURES.items()}  # by data
 METRICS = ("fd", "precision", "recall", "diversity", "mean shift")
+OF_PIXELS = ("energy", "diversity", "mean shift")
+
+
+def usual_extractor(data: str) -> str:
+    "The network that sees images of `data`: its own, for other named sets inception, for a path the pixels."
+    return EXTRACTORS.get(data, "inception" if data in KNOWN else "pixels")
 
 
 def remembered(path: Path, make: Callable, extractor: Extractor, reference: Features) -> dict[str, Result]:
@@ -325,13 +356,15 @@ class Evaluation:
 
     @property
     def distance(self) -> str:
-        "What the Fréchet distance is called."
+        "What the distance is called: the Fréchet distance, or of pixels the energy distance."
         return self.reference.distance
 
     @property
     def metrics(self) -> tuple:
         "The metrics that the extractor allows."
         name = self.extractor.name
+        if name == "pixels":
+            return OF_PIXELS
         return METRICS + ("confident",) * (name in FEATURES) + ("is",) * (name == "inception")
 
     def samples(self, subject: Subject, seed: int) -> Samples:
@@ -380,7 +413,7 @@ def open_evaluation(
 ) -> Evaluation:
     """An `Evaluation` of runs that were trained on the same images; nothing is sampled yet.
 
-    runs: their directories. extractor, weights: see `load_extractor`; None: by `EXTRACTORS`.
+    runs: their directories. extractor, weights: see `load_extractor`; None: by `usual_extractor`.
     sampler, data: see `open_subject`.
     out: folder of the results; None: `evaluation` in the run's directory, or beside several.
     batch_size: None is 1024 on a GPU, 250 elsewhere.
@@ -389,11 +422,11 @@ def open_evaluation(
     device, paths, steps = device_or_default(device), [Path(p) for p in runs], sorted(steps)
     subjects = [open_subject(p, n, steps, sampler, data, precision, device) for p in paths]
     images = common_images(subjects)
+    subjects = [with_shares(s, images) for s in subjects]
     out = Path(out) if out else (paths[0] if len(paths) == 1 else paths[0].parent) / "evaluation"
     out.mkdir(parents=True, exist_ok=True)
     batch_size = batch_size or (1024 if device.type == "cuda" else 250)
-    which = extractor or EXTRACTORS.get(subjects[0].config.data, "inception")
-    loaded = load_extractor(which, weights, device)
+    loaded = load_extractor(extractor or usual_extractor(subjects[0].config.data), weights, device)
     reference = reference_features(images, loaded, batch_size=batch_size)
     options = dict(steps=steps, n=n, seeds=list(seeds), all_seeds_to=all_seeds_to, batch_size=batch_size)
     return Evaluation(subjects, images, loaded, reference, out, **options)
@@ -417,12 +450,21 @@ def noise(self: Evaluation) -> dict[str, Result]:
 def real(self: Evaluation) -> dict:
     """Distance, precision and recall of real images: at most n of the data against all others.
 
-    Beside them n and reference_n, the number of images on each side.
+    Beside them n and reference_n, the number of images on each side. Of pixels the mean energy distance of
+    five such splits, and `spread`, its standard deviation: what is nearer to 0 cannot be told from the data.
     """
     features = self.reference.features
     n = min(self.n, len(features) // 2)
-    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    part, rest = features[order[:n]], features[order[n:]]
+
+    def split(seed):
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))
+        return features[order[:n]], features[order[n:]]
+
+    if self.extractor.name == "pixels":
+        values = torch.tensor([energy_of(*split(seed)) for seed in range(5)])
+        found = {self.distance: values.mean().item(), "spread": values.std().item()}
+        return found | dict(n=n, reference_n=len(features) - n)
+    part, rest = split(0)
     found = {self.distance: frechet(statistics(part), statistics(rest))}
     found |= precision_recall(part, rest, device=self.extractor.device)._asdict()
     return found | dict(n=n, reference_n=len(rest))
@@ -436,7 +478,7 @@ def score(self: Evaluation, samples: Samples, steps: int, x: torch.Tensor) -> di
     def make():
         g = self.see(x, progress=len(x) > 5000)
         found = self.measure(g, samples.seed)
-        return found | {"copies": copies(memorisation(g, self.reference), found["recall"])}
+        return found | {"copies": copies(memorisation(g, self.reference), found["diversity"])}
 
     path = samples.path(f"steps{steps}-{e.name}-{e.weights[:8]}.json")
     return remembered(path, make, e, self.reference)

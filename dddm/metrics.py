@@ -170,9 +170,11 @@ def precision_recall(
 def pairwise_distance(features: torch.Tensor, most: int = 2000) -> float:
     """Mean Euclidean distance between two different rows of features [n, D].
 
-    Where there are more than `most` rows, of that many at even spacing.
+    Where there are more than `most` rows, of that many, drawn with a seed: rows at even spacing would all be
+    of a few classes where the classes come in turn.
     """
-    f = features[evenly(min(most, len(features)), len(features), "features")].double()
+    drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:most]
+    f = features[drawn if len(features) > most else slice(None)].double()
     return (torch.cdist(f, f).sum() / (len(f) * (len(f) - 1))).item()
 
 
@@ -333,6 +335,7 @@ def check_kind(a: Result, b: Result) -> None:
 # %% ../nbs/10a_metrics.ipynb #10a-metrics-048
 METRICS = {
     "fd": "Fréchet distance: FID with the published Inception weights, else FD-<extractor>",
+    "energy": "energy distance of the features, unbiased; with extractor='pixels' that of the images",
     "is": "Inception Score: IS with those weights, else IS-<extractor>",
     "precision": "share of samples in the data's manifold",
     "recall": "share of the data in the samples' manifold",
@@ -365,6 +368,9 @@ def measure(
 
     if "fd" in metrics:
         put(g.distance, **frechet_of(g, r)._asdict())
+    if "energy" in metrics:
+        value = energy_of(g.features, r.features)
+        put("energy distance", value, settings="at most 2,000 of either side", floor=0.0)
     if "is" in metrics:
         class_probabilities(g)
         score = inception_score(g.logits)
@@ -386,8 +392,9 @@ def measure(
 def frechet_of(g: Features, r: Features) -> Measured:
     """Fréchet distance of two `Features`, and what real images would be expected to score.
 
-    Warns where there are fewer images than dimensions.
+    Warns where there are fewer images than dimensions. Raises `ValueError` for pixels.
     """
+    refuse_pixels(g.extractor)
     floor, D = frechet_bias(bias_constant(r.eigenvalues), len(g), len(r)), g.features.shape[1]
     if min(len(g), len(r)) <= D:
         warnings.warn(
@@ -396,6 +403,18 @@ def frechet_of(g: Features, r: Features) -> Measured:
             "several times as many if you can, and compare at equal n only"
         )
     return Measured(frechet(g.statistics, r.statistics), floor)
+
+
+def refuse_pixels(extractor: str) -> None:
+    "`ValueError` where the Fréchet distance of pixels is asked for."
+    if extractor == "pixels":
+        raise ValueError("extractor='pixels' has no Fréchet distance; take the metric 'energy'")
+
+
+def energy_of(x: torch.Tensor, y: torch.Tensor, most: int = 2000) -> float:
+    "`energy_distance` of features [n, D] and [N, D]; of at most `most` of either, drawn with a seed."
+    some = (torch.randperm(len(v), generator=torch.Generator().manual_seed(0))[:most] for v in (x, y))
+    return energy_distance(*(v[rows] for v, rows in zip((x, y), some)))
 
 
 def check_metrics(metrics: tuple, reference, e: Extractor | None = None) -> None:
@@ -407,6 +426,8 @@ def check_metrics(metrics: tuple, reference, e: Extractor | None = None) -> None
         raise ValueError(f"metrics={metrics}: {known} ('fd' with extractor='inception' is FID)")
     if reference is None and set(metrics) != {"is"}:
         raise ValueError("reference is missing: of all metrics, only 'is' does without the data")
+    if e is not None and "fd" in metrics:
+        refuse_pixels(e.name)
     without = set()
     if e is not None and e.name == "inception":
         without = {"confident"}
@@ -433,7 +454,7 @@ def check_counts(g, r, metrics: tuple, k: int) -> None:
     "`ValueError` where a side, `Features` or `Pictures`, has too few images for the metrics."
     least = max(
         k + 1 if {"precision", "recall"} & set(metrics) else 1,
-        2 if {"fd", "diversity"} & set(metrics) else 1,
+        2 if {"fd", "energy", "diversity"} & set(metrics) else 1,
     )
     needs = {"generated": (g, max(least, 10 if "is" in metrics else 1)), "reference": (r, least)}
     for who, (v, need) in needs.items():
@@ -458,7 +479,7 @@ def evaluate(
 ) -> dict[str, Result]:
     """Score images: {name: `Result`}.
 
-    The names are those of `METRICS`, and FID, FD-… for "fd" and IS, IS-… for "is".
+    The names are those of `METRICS`, and FID, FD-… for "fd", IS, IS-… for "is", energy distance for "energy".
 
     generated, reference: anything that `pictures` reads, or `Features`.
     n: how many images to take of `generated`; a function needs it. seed: of the samples, for the record.

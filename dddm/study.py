@@ -458,7 +458,8 @@ def network_variants(preset_name: str, resolution: int = 8) -> list[Variant]:
 def one_step_variants(preset_name: str) -> list[Variant]:
     "MeanFlow and the strongest consistency trainings, each with its own recipe, beside algorithm 1."
     fields, rising = PRESETS[preset_name], recipe_settings(preset_name)
-    flow = {k: v for k, v in one_step(fields).items() if fields.get(k) != v}
+    flow = PRESETS.get(f"{preset_name}-one-step") or one_step(fields)
+    flow = {k: v for k, v in flow.items() if fields.get(k) != v}
     few_steps = without(rising, "level_distribution", "levels") | without(FEW_STEPS, "sampler")
     shrinking = dict(level_distribution="shrinking", lr_decay=0.5, drop_last=True)
     improved = dict(objective="improved_consistency")
@@ -644,6 +645,9 @@ def score(x: torch.Tensor, seed: int, inputs: Inputs) -> dict[str, tuple[float, 
         scores["classes"] = int((class_counts(found) > 0).sum())
     x_T, first = draws(seed, range(len(x)), x.shape[1:])
     scores |= dict(copied_x_T=copied_noise(x, x_T), copied_estimate=copied_noise(x, first))
+    scores["spread"] = (
+        x.var(0).sum() / inputs.images.get(torch.arange(len(inputs.images)))[0].var(0).sum()
+    ).item()
     few = x[:ENERGY_IMAGES]
     energy = energy_distance(few, some_images(inputs.images, len(few), seed))
     return {name: (value, len(x)) for name, value in scores.items()} | {"energy": (energy, len(few))}

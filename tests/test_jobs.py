@@ -52,7 +52,9 @@ def test_train_trains_samples_and_measures(root, tmp_path):
 
     Configuration, curve, samples and numbers at 1, 2, 5, 20, 100 steps; a second start resumes.
     """
-    done = papermill(root, "train.ipynb", tmp_path / "out.ipynb", f"out: {tmp_path / 'run'}, {SMALL}")
+    done = papermill(
+        root, "train.ipynb", tmp_path / "out.ipynb", f"preset: digits, out: {tmp_path / 'run'}, {SMALL}"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [r["steps"] for r in results["rows"]] == [1, 2, 5, 20, 100] and results["steps"] == 3
@@ -64,10 +66,25 @@ def test_train_trains_samples_and_measures(root, tmp_path):
         root,
         "train.ipynb",
         tmp_path / "again.ipynb",
-        f"out: {tmp_path / 'run'}, {SMALL.replace('epochs: 1', 'epochs: 2')}",
+        f"preset: digits, out: {tmp_path / 'run'}, {SMALL.replace('epochs: 1', 'epochs: 2')}",
     )
     assert longer.returncode == 0, longer.stderr[-3000:]
     assert "resumes at step 3 of 6" in printed(tmp_path / "again.ipynb")
+
+
+def test_train_compares_two_presets(root, tmp_path):
+    "A list is trained one after the other, each in its own directory, and ends in one figure and one table."
+    done = papermill(
+        root,
+        "train.ipynb",
+        tmp_path / "out.ipynb",
+        f"preset: [digits, digits-one-step], out: {tmp_path / 'runs'}, {SMALL}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name, objective in (("digits", "paper"), ("digits-one-step", "meanflow")):
+        results = json.loads((tmp_path / "runs" / name / "results.json").read_text())
+        assert (results["preset"], results["objective"]) == (name, objective)
+        assert [r["steps"] for r in results["rows"]] == [1, 2, 5, 20, 100]
 
 
 @pytest.mark.parametrize(
@@ -77,6 +94,12 @@ def test_train_trains_samples_and_measures(root, tmp_path):
         ("preset: digit", "did you mean 'digits'"),
         ("overrides: {epoch: 3}", "did you mean 'epochs'"),
         ("preset: cifar10-small, data_path: nowhere.zip", "nowhere.zip"),
+        ("preset: own", "'own' needs data, the path of its images"),
+        ("preset: digits, data: pictures", "others take neither"),
+        ("preset: [own, digits], data: pictures", "stands alone"),
+        ("preset: digits, size: 32", "others take neither"),
+        ("preset: own, data: nowhere", "nowhere' is neither a path that exists"),
+        ("preset: [digits, mnist]", "they are for different images"),
         ("data_path: 5", "data_path=5: must be a path, as text, or None (papermill: -r data_path 5)"),
     ],
 )

@@ -397,3 +397,13 @@ print(peak() - start)
 def test_50_000_samples_of_2048_features_fit_in_2_GB():
     _, peak = peak_memory(50_000, 2048)
     assert peak < 2e9
+
+
+def test_the_mean_distance_of_many_rows_does_not_depend_on_their_order():
+    "Classes in turn, as samples of a conditional model come: rows at even spacing would be of two classes."
+    g = torch.Generator().manual_seed(0)
+    label = torch.arange(10_000) % 10
+    rows = torch.randn(10_000, 4, generator=g) + 10 * label[:, None]
+    exact = (torch.cdist(rows[:5000], rows[:5000]).sum() / (5000 * 4999)).item()
+    assert pairwise_distance(rows) == pytest.approx(exact, rel=0.03)
+    assert pairwise_distance(rows[label.argsort()]) == pytest.approx(exact, rel=0.03)

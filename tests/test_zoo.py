@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import hub_mixin
@@ -106,6 +107,39 @@ def test_a_damaged_or_missing_shipped_model_is_named(tmp_path, monkeypatch):
         Pretrained.from_pretrained(name)
 
 
+# What the shell draws
+
+
+def test_the_shell_draws_a_grid_or_a_folder(run, folder, tmp_path, capsys):
+    "Of a shipped model, a run and an export; each image is the one that `sample` gives."
+    for source in ("digits-paper", str(run), str(folder)):
+        zoo.main([source, "--n", "4", "--out", str(tmp_path / "grid.png")])
+        assert "4 images of 8x8, 1 step by iterate, seed 0: a grid in" in capsys.readouterr().out
+        assert Image.open(tmp_path / "grid.png").size == (2 * 48 + 18, 2 * 48 + 18)
+    arguments = ["digits-few-steps", "--n", "3", "--steps", "2", "--label", "7", "--seed", "5"]
+    zoo.main([*arguments, "--out", str(tmp_path / "sevens")])
+    assert sorted(p.name for p in (tmp_path / "sevens").iterdir()) == [f"{i:06}.png" for i in range(3)]
+    expected = sample(Pretrained.from_pretrained("digits-few-steps"), 3, 2, seed=5, label=7)
+    drawn = [
+        torch.tensor(np.asarray(Image.open(p)).flatten()) for p in sorted((tmp_path / "sevens").iterdir())
+    ]
+    assert torch.equal(torch.stack(drawn), ((expected.flatten(1) + 1) * 127.5).round().byte())
+    for refused, words in (
+        ([*arguments, "--out", str(tmp_path / "sevens")], "sevens: holds other files"),
+        ([*arguments, "--out", str(tmp_path / "x.jpg")], "must end in .png"),
+        ([*arguments, "--out", str(tmp_path / "no" / "x.png")], "there is no folder"),
+        (["digits-few-steps", "--label", "10", "--out", str(tmp_path / "x.png")], "classes are 0..9"),
+        (["digits-paper", "--label", "1", "--out", str(tmp_path / "x.png")], "model is unconditional"),
+        (["digits-paper", "--n", "0", "--out", str(tmp_path / "x.png")], "n=0: must be"),
+        (["digits-papr", "--out", str(tmp_path / "x.png")], "the shipped ones are"),
+        (["--out", str(tmp_path / "x.png")], "--out needs a model"),
+    ):
+        with pytest.raises(SystemExit):
+            zoo.main(refused)
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists() and not list(tmp_path.glob(".*"))
+
+
 # What an export holds
 
 
@@ -130,7 +164,7 @@ def test_the_command_line_lists_and_refuses(run, tmp_path, capsys):
     assert [line.split(":")[0] for line in listed] == list(SHIPPED)
     wanted = ["--description", "", "--command", ""]
     for arguments, words in (
-        ([str(run)], "give FOLDER, --description and --command"),
+        ([str(run)], "give FOLDER, --description and --command; to draw images --out"),
         ([str(run), str(tmp_path / "x"), "--command", ""], "give FOLDER"),
         ([str(tmp_path), str(tmp_path / "x"), *wanted], "is an empty directory"),
         ([str(run.parent), str(tmp_path / "x"), *wanted], "no config.json"),
