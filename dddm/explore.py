@@ -342,7 +342,7 @@ def all_classes(trajectory: Trajectory) -> bool:
     label = trajectory.label
     return label is None or len(label.unique()) == trajectory.model.net.classes
 
-
+# %% ../nbs/13_explore.ipynb #13-explore-025b
 def all_pixels(data: Images) -> torch.Tensor:
     "All images of `data`, [n, C H W]."
     return data.get(torch.arange(len(data)))[0].flatten(1)
@@ -563,7 +563,7 @@ def stop_all() -> None:
         explorer.stop.set()
         explorer.wait(10)
 
-
+# %% ../nbs/13_explore.ipynb #13-explore-031b
 def model_options(models, runs) -> tuple[list, list]:
     "The menu of models, [(text, value)], and the values that stand for the given `models`."
     options = [(f"shipped: {k}", k) for k in SHIPPED]
@@ -680,11 +680,11 @@ def attempt(self: StepExplorer, row: Row, stop, work, *given):
                 row.trajectory = None
                 row.frame.fail(e)
 
-
+# %% ../nbs/13_explore.ipynb #13-explore-033c
 @patch
 def compute(self: StepExplorer, stop) -> None:
     "A thread's work: compute the trajectories side by side, then their curves; given up when `stop` is set."
-    jobs, shown = self.begin(stop), -math.inf
+    jobs, next_look = self.begin(stop), 0.0
     walks = {job.row: job.trajectory.walk() for job in jobs}
     while working := [job for job in jobs if job.trajectory.done < job.trajectory.steps[-1]]:
         if stop.is_set():
@@ -692,9 +692,9 @@ def compute(self: StepExplorer, stop) -> None:
         job = min(working, key=lambda job: job.trajectory.done)
         if self.attempt(job.row, stop, next, walks[job.row]) is None:
             jobs.remove(job)
-        if time.monotonic() - shown >= 0.1:
-            shown = time.monotonic()
+        if (began := time.monotonic()) >= next_look:
             self.show(jobs, stop)
+            next_look = max(began + 0.1, 5 * time.monotonic() - 4 * began)  # drawing: a fifth of the time
     self.finish(jobs, stop)
 
 # %% ../nbs/13_explore.ipynb #13-explore-033-begin
@@ -721,7 +721,7 @@ def classes_of(model) -> int | None:
     "How many classes a model has; None where it has none."
     return getattr(model.net, "classes", None)
 
-
+# %% ../nbs/13_explore.ipynb #13-explore-033d
 @patch
 def open_model(self: StepExplorer, source) -> DDDM:
     "The model that a menu names: one that a kept trajectory has, or a new one."
@@ -738,7 +738,7 @@ def data_of(self: StepExplorer, model) -> Images | None:
     of_digits = isinstance(model, Pretrained) and model.config.data == "digits"
     return digits() if self.data is None and of_digits else self.data
 
-
+# %% ../nbs/13_explore.ipynb #13-explore-033e
 @patch
 def offer_classes(self: StepExplorer, models, stop) -> int | None:
     "Let the reader choose among the classes of the models that have some; returns what is chosen."

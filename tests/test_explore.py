@@ -782,6 +782,11 @@ class Widget:
         send = "s.dispatchEvent(new Event('change', {bubbles: true}))"
         self.page.js(f"(s => {{ s.selectedIndex = {option}; {send} }})({self.menu(number)})")
 
+    def drawn(self):
+        "Wait until every frame has its picture: all steps are computed, and the curves are there."
+        frames, images = (f"{self.box}.querySelectorAll('{what}').length" for what in (".widget-html", "img"))
+        wait_for("all pictures", lambda: self.page.js(f"{frames} === {images}"), 400)
+
     def keeps_its_height(self, seconds=2):
         "Whether the box is as high as it was, whenever it is looked at for a while."
         height, end = self.page.box(self.box)[3], time.monotonic() + seconds
@@ -816,7 +821,8 @@ def drive(page, notebook, folder, arrows):
         for dx in moves:
             page.drag(widget.handle, dx)
             widget.changed(f"a drag by {dx} pixels")
-        page.shot(folder / f"{name}.png")
+        widget.drawn()
+        page.shot(folder / f"{name}.png", page.box(widget.box))
         page.js(f"{widget.handle}.focus()")
         for key in ("ArrowLeft", "ArrowRight") if arrows else ():  # Notebook 7 does not let them through
             page.key(key)
@@ -843,7 +849,7 @@ def choose_models(page, widget, folder):
     page.shot(folder / "class.png")
     widget.pick(1, 2)
     wait_for("the words on its sampler", lambda: "of re-noising" in page.js(widget.message))
-    wait_for("the curves", lambda: page.js(f"{widget.node}.querySelectorAll('img').length") == 3, 400)
+    widget.drawn()
     widget.changed("another model")
     wait_for(*classes)
     assert page.js(f"{widget.menu(0)}.selectedIndex") == 4  # the class that was chosen stays
