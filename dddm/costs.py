@@ -155,7 +155,7 @@ def training_floor(config: TrainConfig) -> Floor:
     if needs_store(config.objective, config.estimate):
         store = images * math.prod(config.shape) * getattr(torch, config.store_dtype).itemsize
     seen = config.epochs * (images // config.batch * config.batch if config.drop_last else images)
-    rate = RATE * (TF32 if OBJECTIVES[config.objective].levels else 1)
+    rate = RATE * (TF32 if OBJECTIVES[config.objective].draws else 1)
     hours = tuple(seen * operations / (share * rate) / 3600 for share in SHARES)
     return Floor(weights, operations / 1e9, hours, 16 * weights + store, store)
 
