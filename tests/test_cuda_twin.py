@@ -521,7 +521,7 @@ def check_samples(run) -> None:
     assert runs.grid_path(run.out, run.done).exists()
     on_host = build(run.config).eval()
     on_host.load_state_dict(weights(run.ema))
-    for sampler in SAMPLERS if objective == "meanflow" else ("iterate", "ddim", "renoise"):
+    for sampler in SAMPLERS if run.config.objective == "meanflow" else ("iterate", "ddim", "renoise"):
         found, wanted = (
             sample(model, 3, 2, sampler, label=torch.arange(3), batch_size=2) for model in (run.ema, on_host)
         )
