@@ -434,8 +434,8 @@ def holds_object(text: bytes) -> bool:
 
 
 def is_quarters(value) -> bool:
-    "Whether this is a number for each quarter of t."
-    return isinstance(value, list) and len(value) == 4 and all(has_type(v, float) for v in value)
+    "Whether this is a number, or None, for each quarter of t."
+    return isinstance(value, list) and len(value) == 4 and all(has_type(v, float | None) for v in value)
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -505,7 +505,8 @@ def trim_history(out: Path, done: int, steps: int) -> int:
 def history(run_directory) -> list[dict]:
     """The run's history: dicts with step, epoch, loss, loss_by_t.
 
-    The losses are means since the line before; loss_by_t by quarter of t, from small to large.
+    The losses are means since the line before; loss_by_t by quarter of t, from small to large,
+    with None where no sample fell.
     A warning names each damaged line, and says where lines at the end are lost.
     """
     run = Path(run_directory).expanduser()
