@@ -237,6 +237,8 @@ def open_run(
     is touched (None: no locks). back: drop so many checkpoints.
     Raises, through the functions that it calls, where configuration, images or directory do not fit.
     """
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"config={config!r}: must be a TrainConfig, such as dddm.presets.preset('digits')")
     out = Path(out).expanduser()
     accelerator = start_accelerator(config, out)
     step_dtype(config, accelerator.device)  # refused here rather than later

@@ -86,6 +86,17 @@ MEANFLOW = dict(
     drop_last=True,
 )
 
+
+def as_fields(fields) -> dict:
+    "The fields as a dict. `ValueError`, with what to give, for what has none, such as a preset's name."
+    if isinstance(fields, TrainConfig):
+        return fields.to_dict()
+    if not isinstance(fields, dict):
+        raise ValueError(
+            f"fields={fields!r}: must be a dict of fields of TrainConfig, such as PRESETS['digits']"
+        )
+    return fields
+
 # %% ../nbs/11_presets.ipynb #11-presets-m3
 def one_step(fields: dict) -> dict:
     r"""Fields of `TrainConfig` with the recipe for one and for few steps put in: `MEANFLOW`, and its c.
@@ -95,6 +106,7 @@ def one_step(fields: dict) -> dict:
     read an estimate. The other fields stay. Raises `ValueError` where
     "shape" is missing.
     """
+    fields = as_fields(fields)
     if "shape" not in fields:
         raise ValueError("fields lack shape: the recipe's c follows it")
     rest = {k: v for k, v in fields.items() if k not in ("estimate", "sampler")}
@@ -121,6 +133,7 @@ def consistency(fields: dict, few_steps: bool = False) -> dict:
     yours to set. Fields that have the recipe already would get 0.6 of the rate again.
     Raises `ValueError` if "shape" or "lr" is missing.
     """
+    fields = as_fields(fields)
     if missing := [k for k in ("shape", "lr") if k not in fields]:
         raise ValueError(
             f"fields lack {' and '.join(missing)}: c follows the shape, and the recipe's rate is 0.6 of yours"

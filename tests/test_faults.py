@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dddm import extractors, runs, tables, training
 from dddm.config import TrainConfig
+from dddm.pictures import save_grid
 from dddm.runs import history
 from dddm.store import PAGE, EstimateStore, read_page
 from dddm.training import train
@@ -492,3 +493,8 @@ def test_a_changed_number_in_a_small_file_is_noticed(tmp_path):
     del fields["checksum"]
     path.write_text(json.dumps(fields))
     assert runs.read_config(run) == tiny(epochs=1)
+
+
+def test_a_grid_of_a_dict_of_samples_says_what_to_give(tmp_path):
+    with pytest.raises(ValueError, match=r"is a dict; expected one tensor.*samples\[1\]"):
+        save_grid({1: torch.zeros(2, 1, 8, 8)}, tmp_path / "grid.png")
