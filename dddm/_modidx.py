@@ -82,6 +82,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'dddm.config.need': ('config.html#need', 'dddm/config.py'),
                              'dddm.config.network_options': ('config.html#network_options', 'dddm/config.py'),
                              'dddm.config.option': ('config.html#option', 'dddm/config.py'),
+                             'dddm.config.random_start': ('config.html#random_start', 'dddm/config.py'),
                              'dddm.config.spread_evenly': ('config.html#spread_evenly', 'dddm/config.py'),
                              'dddm.config.step_seed': ('config.html#step_seed', 'dddm/config.py'),
                              'dddm.config.todays_names': ('config.html#todays_names', 'dddm/config.py')},

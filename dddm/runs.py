@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .config import RESUMABLE, TrainConfig, build, has_type
+from .config import RESUMABLE, TrainConfig, build, has_type, random_start
 from .data import KNOWN
 from .model import DDDM
 from .store import lock, lock_folder, named_errors, whole_file, with_checksum, without_checksum
@@ -231,7 +231,7 @@ def load(run_directory, ema: bool = True) -> DDDM:
         raise ValueError(
             f"the weights of {checkpoint} are of another network than the one in {run / 'config.json'}: {e}"
         ) from e
-    start = 0.0 if config.ema_warmup else config.ema ** step_of(checkpoint)
+    start = random_start(config, step_of(checkpoint))
     if ema and start > 0.1:
         warnings.warn(
             f"{checkpoint}: its average is still {start:.0%} the random start (ema={config.ema}, "

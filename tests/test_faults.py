@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -458,8 +459,9 @@ def test_a_run_without_a_store_goes_on_with_another_number_of_processes(tmp_path
     assert [r["step"] for r in history(tmp_path / "run")] == list(range(1, 9))
 
 
-def test_an_average_that_is_still_its_random_start_is_told(tmp_path, recwarn):
-    slow = train(tiny(epochs=1, ema_warmup=False), tmp_path / "slow", progress=False)
+def test_an_average_that_is_still_its_random_start_is_told(tmp_path, recwarn, capsys):
+    slow = train(tiny(epochs=1, ema_warmup=False), tmp_path / "slow", progress=True)
+    assert re.search(r"100% random start after \d steps \(ema=0.9999\)", capsys.readouterr().out)
     quick = train(tiny(epochs=1), tmp_path / "quick", progress=False)
     recwarn.clear()
     runs.load(slow, ema=False)
