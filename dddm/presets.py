@@ -61,7 +61,7 @@ CODE  = dict(objective="published_code", beta_min=0.01, beta_max=50.0, c=1.4e-4,
 ALGORITHM_1 = {
     # small, for a laptop (ours)
     "digits":          dict(DIGITS | SMALL,           net=TINY32, T=1000, epochs=60,   lr=1e-3),
-    "mnist":           dict(MNIST | SMALL,            net=NET28,  T=1000, epochs=8,    lr=1e-3, classes=10),
+    "mnist":           dict(MNIST | SMALL,            net=NET28,  T=1000, epochs=6,    lr=1e-3, classes=10),
     "cifar10-small":   dict(CIFAR10 | OFTEN | SMALL,  net=NET32,  T=1000, epochs=4,    lr=5e-4),
     # the paper's models of CIFAR-10
     "cifar10":         dict(CIFAR10 | PAPER,          net=ADM32,  T=1000, epochs=1000, lr=2e-4),
@@ -160,7 +160,7 @@ PRESETS = {
     "digits-one-step": one_step(ALGORITHM_1["digits"]) | dict(lr=1.5e-3),
     "cifar10-small-one-step": one_step(ALGORITHM_1["cifar10-small"]),
     "cifar10-one-step": one_step(ALGORITHM_1["cifar10"]),
-    "mnist-one-step": one_step(ALGORITHM_1["mnist"]) | dict(ema=0.999, guidance=1.5, label_dropout=0.1),
+    "mnist-one-step": one_step(ALGORITHM_1["mnist"]) | dict(ema=0.999, guidance=1.25, label_dropout=0.1),
     **ONE_STEP,
     "cifar10-ten-minutes": consistency(ALGORITHM_1["cifar10"]) | TEN_MINUTES,
     **{name.replace("consistency", "few-steps"): fields | FEW_STEPS for name, fields in ONE_STEP.items()},
