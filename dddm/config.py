@@ -371,3 +371,8 @@ def ema_decay(config: TrainConfig, step: int) -> float:
 def learning_rate(config: TrainConfig, progress: float) -> float:
     "Adam's rate after a share `progress` of the training, in [0, 1)."
     return config.lr * min(1.0, (1 - progress) / config.lr_decay) if config.lr_decay else config.lr
+
+
+def random_start(config: TrainConfig, steps: int) -> float:
+    "The share of the random first weights in the average after so many steps."
+    return 0.0 if config.ema_warmup else config.ema**steps

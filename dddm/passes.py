@@ -25,7 +25,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
 from . import data as images
-from .config import TrainConfig, build, draw, epoch_batches
+from .config import TrainConfig, build, draw, epoch_batches, random_start
 from .features import trunk
 from .losses import distance
 from .model import DDDM
@@ -237,6 +237,8 @@ def open_run(
     is touched (None: no locks). back: drop so many checkpoints.
     Raises, through the functions that it calls, where configuration, images or directory do not fit.
     """
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"config={config!r}: must be a TrainConfig, such as dddm.presets.preset('digits')")
     out = Path(out).expanduser()
     accelerator = start_accelerator(config, out)
     step_dtype(config, accelerator.device)  # refused here rather than later
@@ -532,6 +534,12 @@ def describe(run: Run) -> str:
     begins = "resumes" if run.resumed else "starts"
     passes, dtype = "compiled" if run.compiled else "eager", str(run.dtype).removeprefix("torch.")
     time_left = f"{60 * hours:.3g} minutes" if hours < 2 else f"{hours:.3g} hours"
+    start, average = random_start(c, run.steps), []
+    if start > 0.1:
+        average = [
+            f"average     {start:.0%} random start after {run.steps:,} steps (ema={c.ema}); "
+            "its images may be noise: take a smaller ema, or ema_warmup=true"
+        ]
     return "\n".join(
         [
             f"{begins} at step {run.done:,} of {run.steps:,}: {c.epochs} epochs of {len(run.data):,} images "
@@ -541,6 +549,7 @@ def describe(run: Run) -> str:
             f"store       {store}; images {size_text(len(run.data) * math.prod(c.shape))}",
             f"checkpoint  {size_text(checkpoint_bytes(run))}, the last two are kept",
             f"passes      {passes}, of up to {run.micro_batch} images, {dtype}",
+            *average,
             f"time        about {time_left} left, from a trial",
         ]
     )

@@ -33,6 +33,9 @@ def grid(images: torch.Tensor, columns: int | None = None, scale: int = 1) -> np
     """
     from torchvision.utils import make_grid  # here, because it takes seconds, and only pictures need it
 
+    if not isinstance(images, torch.Tensor):
+        hint = "; of samples, give one number of steps, samples[1], or torch.cat(list(samples.values()))"
+        raise ValueError(f"images is a {type(images).__name__}; expected one tensor{hint}")
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise ValueError(f"images has shape {tuple(images.shape)}; expected (n, 1 or 3, H, W) with n >= 1")
     columns = math.ceil(math.sqrt(len(images))) if columns is None else columns

@@ -61,7 +61,7 @@ CODE  = dict(objective="published_code", beta_min=0.01, beta_max=50.0, c=1.4e-4,
 ALGORITHM_1 = {
     # small, for a laptop (ours)
     "digits":          dict(DIGITS | SMALL,           net=TINY32, T=1000, epochs=60,   lr=1e-3),
-    "mnist":           dict(MNIST | SMALL,            net=NET28,  T=1000, epochs=8,    lr=1e-3, classes=10),
+    "mnist":           dict(MNIST | SMALL,            net=NET28,  T=1000, epochs=6,    lr=1e-3, classes=10),
     "cifar10-small":   dict(CIFAR10 | OFTEN | SMALL,  net=NET32,  T=1000, epochs=4,    lr=5e-4),
     # the paper's models of CIFAR-10
     "cifar10":         dict(CIFAR10 | PAPER,          net=ADM32,  T=1000, epochs=1000, lr=2e-4),
@@ -86,6 +86,17 @@ MEANFLOW = dict(
     drop_last=True,
 )
 
+
+def as_fields(fields) -> dict:
+    "The fields as a dict. `ValueError`, with what to give, for what has none, such as a preset's name."
+    if isinstance(fields, TrainConfig):
+        return fields.to_dict()
+    if not isinstance(fields, dict):
+        raise ValueError(
+            f"fields={fields!r}: must be a dict of fields of TrainConfig, such as PRESETS['digits']"
+        )
+    return fields
+
 # %% ../nbs/11_presets.ipynb #11-presets-m3
 def one_step(fields: dict) -> dict:
     r"""Fields of `TrainConfig` with the recipe for one and for few steps put in: `MEANFLOW`, and its c.
@@ -95,6 +106,7 @@ def one_step(fields: dict) -> dict:
     read an estimate. The other fields stay. Raises `ValueError` where
     "shape" is missing.
     """
+    fields = as_fields(fields)
     if "shape" not in fields:
         raise ValueError("fields lack shape: the recipe's c follows it")
     rest = {k: v for k, v in fields.items() if k not in ("estimate", "sampler")}
@@ -121,6 +133,7 @@ def consistency(fields: dict, few_steps: bool = False) -> dict:
     yours to set. Fields that have the recipe already would get 0.6 of the rate again.
     Raises `ValueError` if "shape" or "lr" is missing.
     """
+    fields = as_fields(fields)
     if missing := [k for k in ("shape", "lr") if k not in fields]:
         raise ValueError(
             f"fields lack {' and '.join(missing)}: c follows the shape, and the recipe's rate is 0.6 of yours"
@@ -147,7 +160,7 @@ PRESETS = {
     "digits-one-step": one_step(ALGORITHM_1["digits"]) | dict(lr=1.5e-3),
     "cifar10-small-one-step": one_step(ALGORITHM_1["cifar10-small"]),
     "cifar10-one-step": one_step(ALGORITHM_1["cifar10"]),
-    "mnist-one-step": one_step(ALGORITHM_1["mnist"]) | dict(ema=0.999, guidance=1.5, label_dropout=0.1),
+    "mnist-one-step": one_step(ALGORITHM_1["mnist"]) | dict(ema=0.999, guidance=1.25, label_dropout=0.1),
     **ONE_STEP,
     "cifar10-ten-minutes": consistency(ALGORITHM_1["cifar10"]) | TEN_MINUTES,
     **{name.replace("consistency", "few-steps"): fields | FEW_STEPS for name, fields in ONE_STEP.items()},

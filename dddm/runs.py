@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .config import RESUMABLE, TrainConfig, build, has_type
+from .config import RESUMABLE, TrainConfig, build, has_type, random_start
 from .data import KNOWN
 from .model import DDDM
 from .store import lock, lock_folder, named_errors, whole_file, with_checksum, without_checksum
@@ -231,7 +231,7 @@ def load(run_directory, ema: bool = True) -> DDDM:
         raise ValueError(
             f"the weights of {checkpoint} are of another network than the one in {run / 'config.json'}: {e}"
         ) from e
-    start = 0.0 if config.ema_warmup else config.ema ** step_of(checkpoint)
+    start = random_start(config, step_of(checkpoint))
     if ema and start > 0.1:
         warnings.warn(
             f"{checkpoint}: its average is still {start:.0%} the random start (ema={config.ema}, "
@@ -434,8 +434,8 @@ def holds_object(text: bytes) -> bool:
 
 
 def is_quarters(value) -> bool:
-    "Whether this is a number for each quarter of t."
-    return isinstance(value, list) and len(value) == 4 and all(has_type(v, float) for v in value)
+    "Whether this is a number, or None, for each quarter of t."
+    return isinstance(value, list) and len(value) == 4 and all(has_type(v, float | None) for v in value)
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -505,7 +505,8 @@ def trim_history(out: Path, done: int, steps: int) -> int:
 def history(run_directory) -> list[dict]:
     """The run's history: dicts with step, epoch, loss, loss_by_t.
 
-    The losses are means since the line before; loss_by_t by quarter of t, from small to large.
+    The losses are means since the line before; loss_by_t by quarter of t, from small to large,
+    with None where no sample fell.
     A warning names each damaged line, and says where lines at the end are lost.
     """
     run = Path(run_directory).expanduser()

@@ -415,12 +415,25 @@ def state_dict(self: EstimateStore) -> dict:
 
 
 @patch
-def load_state_dict(self: EstimateStore, state: dict) -> None:
-    "Copy a `state_dict` in; `ValueError` where its header is not this store's."
-    if state["header"] != self.header:
-        raise ValueError(f"the state is of the store {state['header']}, this one is {self.header}")
-    self.rows.copy_(state["rows"])
-    self.written.copy_(state["written"])
+def load_state_dict(self: EstimateStore, *states: dict) -> None:
+    """Copy the `state_dict` of a store in, or those of all its shares, whatever their number is.
+
+    `ValueError` where they are of another store, or where a share is missing.
+    """
+    common = lambda header: {k: v for k, v in header.items() if k not in ("share", "rows")}
+    for state in states:
+        if common(state["header"]) != common(self.header):
+            raise ValueError(f"the state is of the store {state['header']}, this one is {self.header}")
+    shares = {tuple(state["header"]["share"]): state for state in states}
+    world = len(shares)
+    if set(shares) != {(rank, world) for rank in range(world)}:
+        raise ValueError(f"the shares are {sorted(shares)}; needed are all (rank, world) of one world")
+    mine = torch.arange(self.rank, self.n, self.world)
+    for (rank, _), state in shares.items():
+        for index in mine[mine % world == rank].split(4096):
+            here, there = index // self.world, index // world
+            self.rows[to_device(here, self.device)] = state["rows"][there].to(self.device)
+            self.written[here] = state["written"][there]
     self.unwritten = len(self.written) - int(self.written.sum())
 
 

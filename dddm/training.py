@@ -258,7 +258,8 @@ def write_checkpoint(run: Run, folder: Path) -> None:
 def restore(run: Run) -> bool:
     """Put the newest good checkpoint's state into `run`; False where there is none.
 
-    Raises `ValueError` when it came from other images, or with a store from another number of devices.
+    Raises `ValueError` when it came from other images. Another number of devices shares the rows of
+    the store anew.
     """
     checkpoint = newest_checkpoint(run.out)
     if checkpoint is None:
@@ -278,8 +279,9 @@ def restore(run: Run) -> bool:
     run.ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
     run.optimizer.load_state_dict(state["optimizer"])
     if run.store is not None:
-        rows = checkpoint / f"store-{run.rank}.pt"
-        run.store.load_state_dict(torch.load(rows, map_location="cpu", mmap=True, weights_only=True))
+        shares = [checkpoint / f"store-{rank}.pt" for rank in range(state["world"])]
+        mapped = dict(map_location="cpu", mmap=True, weights_only=True)
+        run.store.load_state_dict(*(torch.load(share, **mapped) for share in shares))
     run.done, run.earlier_micro_batch = state["done"], state.get("micro_batch")
     if run.main:
         run.sums.copy_(state["sums"])
@@ -288,18 +290,12 @@ def restore(run: Run) -> bool:
 
 
 def check_world(run: Run, checkpoint: Path, world: int) -> None:
-    "Refuse another number of devices where each owns rows of the store; without a store it is a warning."
-    if world == run.world:
-        return
-    if run.store is not None:
-        raise ValueError(
-            f"{checkpoint} is of {world} device(s), this is {run.world}: each owns its rows "
-            "of the store; resume on as many"
+    "Warn where the checkpoint is of another number of devices."
+    if world != run.world and run.main:
+        warnings.warn(
+            f"{checkpoint} is of {world} device(s), this is {run.world}: samples come in another order "
+            "from here on, so the run is not the one that as many devices would have made"
         )
-    warnings.warn(
-        f"{checkpoint} is of {world} device(s), this is {run.world}: samples come in another order "
-        "from here on, so the run is not the one that as many devices would have made"
-    )
 
 # %% ../nbs/09c_training.ipynb #09c-training-014
 def start_run(
@@ -329,7 +325,7 @@ def log(run: Run, seconds: float, seen: int) -> dict:
         step=run.done,
         epoch=round(run.done / run.steps_per_epoch, 4),
         loss=(loss.sum() / count.sum()).item(),
-        loss_by_t=(loss / count.clamp(min=1)).tolist(),
+        loss_by_t=[total / n if n else None for total, n in zip(loss.tolist(), count.tolist(), strict=True)],
     )
     if run.done % run.config.log_every:
         record["closing"] = True  # the run's last steps; in a longer run, the line after counts them again

@@ -465,6 +465,11 @@ def check_call(
 
     Label values are read on the CPU only: reading them stalls a GPU's queue and breaks a compiled graph.
     """
+    if (kept := net.stem.weight.dtype) != torch.float32:
+        raise ValueError(
+            f"the weights are {kept}: the network keeps them in float32, model.float(). To compute in "
+            "bfloat16, call it under torch.autocast, or give sample(…, precision='bfloat16')"
+        )
     if x_t.ndim != 4 or x_t.shape[1:] != net.shape:
         raise ValueError(f"x_t has shape {tuple(x_t.shape)}; expected [B, {', '.join(map(str, net.shape))}]")
     if x0_estimate.shape != x_t.shape:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dddm import extractors, runs, tables, training
 from dddm.config import TrainConfig
+from dddm.pictures import save_grid
 from dddm.runs import history
 from dddm.store import PAGE, EstimateStore, read_page
 from dddm.training import train
@@ -457,8 +459,9 @@ def test_a_run_without_a_store_goes_on_with_another_number_of_processes(tmp_path
     assert [r["step"] for r in history(tmp_path / "run")] == list(range(1, 9))
 
 
-def test_an_average_that_is_still_its_random_start_is_told(tmp_path, recwarn):
-    slow = train(tiny(epochs=1, ema_warmup=False), tmp_path / "slow", progress=False)
+def test_an_average_that_is_still_its_random_start_is_told(tmp_path, recwarn, capsys):
+    slow = train(tiny(epochs=1, ema_warmup=False), tmp_path / "slow", progress=True)
+    assert re.search(r"100% random start after \d steps \(ema=0.9999\)", capsys.readouterr().out)
     quick = train(tiny(epochs=1), tmp_path / "quick", progress=False)
     recwarn.clear()
     runs.load(slow, ema=False)
@@ -492,3 +495,8 @@ def test_a_changed_number_in_a_small_file_is_noticed(tmp_path):
     del fields["checksum"]
     path.write_text(json.dumps(fields))
     assert runs.read_config(run) == tiny(epochs=1)
+
+
+def test_a_grid_of_a_dict_of_samples_says_what_to_give(tmp_path):
+    with pytest.raises(ValueError, match=r"is a dict; expected one tensor.*samples\[1\]"):
+        save_grid({1: torch.zeros(2, 1, 8, 8)}, tmp_path / "grid.png")

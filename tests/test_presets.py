@@ -8,8 +8,10 @@ import re
 import pytest
 import torch
 
-from dddm.config import build
+from dddm import presets
+from dddm.config import TrainConfig, build
 from dddm.presets import preset
+from dddm.training import train
 
 NOTEBOOK = pathlib.Path(__file__).resolve().parents[1] / "nbs" / "11_presets.ipynb"
 
@@ -51,3 +53,17 @@ def test_the_published_preset_has_the_published_values():
     with torch.device("meta"):
         count = sum(p.numel() for p in build(config).parameters())
     assert count == pytest.approx(131.34e6, rel=0.02)
+
+
+@pytest.mark.parametrize("wrong", ["digits", None, 3])
+def test_recipes_say_what_they_take(wrong):
+    for recipe in (presets.one_step, presets.consistency):
+        with pytest.raises(ValueError, match=r"fields=.*PRESETS\['digits'\]"):
+            recipe(wrong)
+    with pytest.raises(ValueError, match=r"must be a TrainConfig, such as .*preset\('digits'\)"):
+        train(wrong, "nowhere")
+
+
+def test_recipes_take_a_configuration():
+    made = presets.one_step(presets.preset("digits"))
+    assert TrainConfig(**made).objective == "meanflow"

@@ -35,6 +35,8 @@ def test_settings_mirror_pyproject(project, settings):
     "nbdev 3 reads pyproject.toml, nbdev 2 settings.ini: a difference would be two projects in one tree."
     meta, nbdev = project["project"], project["tool"]["nbdev"]
     assert settings["version"] == dddm.__version__
+    assert f"\nversion: {dddm.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {dddm.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert settings["lib_name"] == meta["name"]
     assert settings["description"] == meta["description"]
     assert settings["min_python"] == meta["requires-python"].removeprefix(">=")

@@ -198,3 +198,31 @@ def test_on_a_gpu_it_keeps_what_it_keeps_on_the_cpu(dtype):
 def test_arguments_are_named_at_once(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         EstimateStore(4, SHAPE, **wrong)
+
+
+def test_shares_of_another_world_are_taken_over():
+    "Every sample reads the same from two shares, from one store, from three; unwritten rows too."
+    index, n = torch.arange(11), 11
+    shared = lambda world: [
+        EstimateStore(n, (1, 2, 2), torch.float32, seed=3, share=(r, world)) for r in range(world)
+    ]
+
+    def read_all(stores):
+        return torch.stack([stores[i % len(stores)].read(index[i : i + 1])[0] for i in range(n)])
+
+    before = shared(2)
+    for i in (0, 3, 4, 9):
+        before[i % 2].write(index[i : i + 1], torch.full((1, 1, 2, 2), float(i)))
+    expected = read_all(before)
+    for world in (1, 3, 2):
+        after = shared(world)
+        for store in after:
+            store.load_state_dict(*(s.state_dict() for s in before))
+        assert torch.equal(read_all(after), expected)
+        assert sum(s.unwritten for s in after) == n - 4
+        before = after
+    with pytest.raises(ValueError, match="the shares are"):
+        shared(3)[0].load_state_dict(before[1].state_dict())
+    other = EstimateStore(n, (1, 2, 2), torch.float16, seed=3)
+    with pytest.raises(ValueError, match="is of the store"):
+        other.load_state_dict(*(s.state_dict() for s in before))

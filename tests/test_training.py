@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,7 +20,7 @@ from dddm.config import TrainConfig, epoch_batches, learning_rate
 from dddm.data import digits
 from dddm.objectives import OBJECTIVES
 from dddm.runs import checkpoints, history, load, newest_checkpoint
-from dddm.training import train
+from dddm.training import start_run, train
 
 
 def kill_and_resume(config, out, kills, seed):
@@ -80,16 +81,13 @@ def test_sigterm_saves_and_leaves(tmp_path):
     assert len(saved) == 1 and f"stopped after step {saved[0].name.removeprefix('step-')}" in out
 
 
+def ranks(count, config, out):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    return [sys.executable, *launcher, *command(config, out)[1:]]
+
+
 def two_ranks(config, out):
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        *command(config, out)[1:],
-    ]
+    return ranks(2, config, out)
 
 
 def joined(n, batch, seed, epoch, world=1, drop_last=False):
@@ -128,8 +126,48 @@ def test_two_processes_are_one(tmp_path):
         torch.testing.assert_close(s["rows"].float(), whole["rows"][r::2].float(), rtol=1e-3, atol=1e-3)
     for a, b in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    with pytest.raises(ValueError, match=r"of 2 device\(s\), this is 1"):
-        train(TrainConfig(**{**TINY, **fields, "epochs": 2}), tmp_path / "two", progress=False)
+
+
+def test_a_quarter_of_t_without_samples_is_a_gap(tmp_path):
+    "One sample a step: three quarters have no loss, and the mean is that of the fourth."
+    fields = dict(batch=1, log_every=1, epochs=1, checkpoint_every=10_000)
+    run = start_run(TrainConfig(**{**TINY, **fields}), tmp_path)
+    training.step(run)
+    record = training.log(run, 1.0, 1)
+    assert record["loss_by_t"].count(None) == 3 and record["loss"] in record["loss_by_t"]
+    assert history(tmp_path)[0]["loss_by_t"] == record["loss_by_t"]
+
+
+def all_rows(checkpoint, world):
+    shares = [torch.load(checkpoint / f"store-{r}.pt", weights_only=True)["rows"] for r in range(world)]
+    rows = torch.empty(sum(map(len, shares)), *shares[0].shape[1:], dtype=shares[0].dtype)
+    for r, share in enumerate(shares):
+        rows[r::world] = share
+    return rows
+
+
+@pytest.mark.slow
+def test_a_store_goes_on_with_another_number_of_processes(tmp_path):
+    """Two processes, then one, then three: same global batch, each row at its new owner, the loss goes on.
+
+    A run that began anew there would have the loss of its first step, which is twice the last one."""
+    out, worlds = tmp_path / "run", (2, 1, 3)
+    fields = dict(batch=256, log_every=1, checkpoint_every=10_000, store_path=str(tmp_path / "rows"))
+    for k, world in enumerate(worlds):
+        config = write_config(tmp_path / "config.json", epochs=3 * (k + 1), **fields)
+        if world == 1:
+            with pytest.warns(UserWarning, match=r"is of 2 device\(s\), this is 1"):
+                run = start_run(TrainConfig(**{**TINY, **fields, "epochs": 6}), tmp_path / "run")
+            assert torch.equal(run.store.rows, all_rows(newest_checkpoint(out), 2))
+            del run
+        done = subprocess.run(ranks(world, config, out), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(list(newest_checkpoint(out).glob("store-*.pt"))) == world
+    loss = [r["loss"] for r in history(out)]
+    assert [r["step"] for r in history(out)] == list(range(1, 9 * 8 + 1)) and loss[0] > 1.6 * loss[-1]
+    for change in (24, 48):
+        before, after = np.mean(loss[change - 4 : change]), np.mean(loss[change : change + 4])
+        assert after < 1.1 * before
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dddm.model import DDDM
+from dddm.sampling import sample
 from dddm.schedule import VPSchedule
 from dddm.unet import (
     CrossAttention,
@@ -22,6 +23,7 @@ from dddm.unet import (
     group_norm,
     seed_dropout,
 )
+from dddm.zoo import Pretrained
 
 SIZES = {
     "digits": dict(shape=(1, 8, 8), base=32, multipliers=(1, 2), blocks=2, attention=(8, 4), estimate=(8, 4)),
@@ -436,3 +438,9 @@ def test_a_forward_derivative_compiles():
     found = gradient(torch.compile(derivative, backend="aot_eager", fullgraph=True, dynamic=False))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_in_another_number_format_are_refused_in_a_sentence(dtype):
+    with pytest.raises(ValueError, match=rf"the weights are {dtype}.*model\.float\(\).*precision="):
+        sample(Pretrained.from_pretrained("digits-paper").to(dtype), 2, 1)
