@@ -54,7 +54,10 @@ def test_as_committed(path):
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(NBS / f"{name}.ipynb", id=name) for name in sorted(JOBS | {"20_reproduction", "21_cifar"})],
+    [
+        pytest.param(NBS / f"{name}.ipynb", id=name)
+        for name in sorted(JOBS | {"20b_ring", "20c_digits", "21_cifar"})
+    ],
 )
 def test_takes_parameters(path):
     "papermill puts its parameters behind the one cell that has the tag."
