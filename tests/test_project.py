@@ -95,7 +95,7 @@ def test_the_project_names_no_machine():
         if (
             name == "tests/test_project.py"
             or name == "tests/test_notebooks.py"
-            or path.suffix in (".safetensors", ".png")
+            or path.suffix in (".safetensors", ".png", ".gif")
             or not path.exists()
         ):
             continue
