@@ -265,7 +265,7 @@ def idx_folder(data: str, path: Path) -> Path:
             )
     return found
 
-
+# %% ../nbs/07d_data.ipynb #07d-data-031-b
 def find_path(data, path, folder: Path, download: bool) -> Path:
     "The file or folder that `data` and `path` name; `FileNotFoundError` saying where the data comes from."
     if data not in KNOWN:

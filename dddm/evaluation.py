@@ -469,7 +469,7 @@ def real(self: Evaluation) -> dict:
     found |= precision_recall(part, rest, device=self.extractor.device)._asdict()
     return found | dict(n=n, reference_n=len(rest))
 
-
+# %% ../nbs/11b_evaluation.ipynb #11b-evaluation-016-b
 @patch
 def score(self: Evaluation, samples: Samples, steps: int, x: torch.Tensor) -> dict[str, Result]:
     "{metric: Result} of samples x [n, C, H, W], uint8; read back where they were scored before."

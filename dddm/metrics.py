@@ -416,7 +416,7 @@ def energy_of(x: torch.Tensor, y: torch.Tensor, most: int = 2000) -> float:
     some = (torch.randperm(len(v), generator=torch.Generator().manual_seed(0))[:most] for v in (x, y))
     return energy_distance(*(v[rows] for v, rows in zip((x, y), some)))
 
-
+# %% ../nbs/10a_metrics.ipynb #10a-metrics-049-b
 def check_metrics(metrics: tuple, reference, e: Extractor | None = None) -> None:
     "`ValueError` where a metric is unknown, or `reference` or the extractor does not allow it."
     unknown = [m for m in metrics if m not in METRICS]

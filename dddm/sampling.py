@@ -394,7 +394,7 @@ def _by_ddim(model, start: Start, steps: list[int], clamp: bool, tolerance=None,
     found = {s: _down(model, start.x_T, s, start.label, clamp, start.x0, fresh) for s in steps}
     return found, _first_bad(found, start.x_T.device)
 
-
+# %% ../nbs/08_sampling.ipynb #08-sampling-027-b
 def _first_bad(found: dict, device) -> torch.Tensor:
     "The smallest number of steps whose images are not all finite, long []; 0 where there is none."
     bad = torch.zeros((), dtype=torch.long, device=device)

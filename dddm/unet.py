@@ -367,7 +367,7 @@ class Stage(nn.Module):
         self.resolution, self.channels = resolution, channels
         self.blocks, self.resample = nn.ModuleList(blocks), resample
 
-
+# %% ../nbs/05_unet.ipynb #05-unet-036-b
 def build_block(config: dict, i: int, c_in: int, first: bool, attends: bool) -> Block:
     """A block of stage i for `c_in` channels; `attends`: with self-attention, or the published block.
 
