@@ -654,6 +654,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dddm.sampling._ahead': ('sampling.html#_ahead', 'dddm/sampling.py'),
                                'dddm.sampling._by_ddim': ('sampling.html#_by_ddim', 'dddm/sampling.py'),
                                'dddm.sampling._by_meanflow': ('sampling.html#_by_meanflow', 'dddm/sampling.py'),
+                               'dddm.sampling._check_sampler': ('sampling.html#_check_sampler', 'dddm/sampling.py'),
                                'dddm.sampling._checked': ('sampling.html#_checked', 'dddm/sampling.py'),
                                'dddm.sampling._down': ('sampling.html#_down', 'dddm/sampling.py'),
                                'dddm.sampling._estimates': ('sampling.html#_estimates', 'dddm/sampling.py'),
