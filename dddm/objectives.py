@@ -367,15 +367,22 @@ def objective_value(
     return Value(*about.loss(model, d, batch, estimate), batch)
 
 # %% ../nbs/08c_objectives.ipynb #08c-objectives-049
-def assemble(objective: str, net: nn.Module, schedule: VPSchedule, sampler: str | None = None) -> DDDM:
+def assemble(
+    objective: str,
+    net: nn.Module,
+    schedule: VPSchedule,
+    sampler: str | None = None,
+    sigma_data: float = 1.0,
+) -> DDDM:
     r"""The model $f_\theta$ of an objective: F is the network, or the network under `Boundary`.
 
     net: as `Boundary` takes it; under an objective without an estimate it is fed zeros. sampler: the model's
-    own from now on, one of `SAMPLERS`; None is the objective's. Raises `ValueError` for names that do not
-    exist.
+    own from now on, one of `SAMPLERS`; None is the objective's. sigma_data: of `Boundary`. Raises
+    `ValueError` for names that do not exist.
     """
     sampler, about = sampler_of(objective, sampler), OBJECTIVES[objective]
     if about.wrap is not MeanVelocity and getattr(net, "config", {}).get("time") == "angle":
         net = AngleTime(net, schedule)
-    net = net if about.wrap is None else about.wrap(net, schedule)
+    if about.wrap is not None:
+        net = about.wrap(net, schedule, *([sigma_data] if about.wrap is Boundary else []))
     return DDDM(net, schedule, sampler, takes_estimate=about.estimate != "none")
