@@ -79,6 +79,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'dddm.config.is_level_range': ('config.html#is_level_range', 'dddm/config.py'),
                              'dddm.config.is_shape': ('config.html#is_shape', 'dddm/config.py'),
                              'dddm.config.learning_rate': ('config.html#learning_rate', 'dddm/config.py'),
+                             'dddm.config.lists_to_tuples': ('config.html#lists_to_tuples', 'dddm/config.py'),
                              'dddm.config.need': ('config.html#need', 'dddm/config.py'),
                              'dddm.config.network_options': ('config.html#network_options', 'dddm/config.py'),
                              'dddm.config.option': ('config.html#option', 'dddm/config.py'),
