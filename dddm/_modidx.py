@@ -808,6 +808,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'dddm.study.results_config': ('study.html#results_config', 'dddm/study.py'),
                             'dddm.study.results_provenance': ('study.html#results_provenance', 'dddm/study.py'),
                             'dddm.study.save_rows': ('study.html#save_rows', 'dddm/study.py'),
+                            'dddm.study.scaling_variants': ('study.html#scaling_variants', 'dddm/study.py'),
                             'dddm.study.score': ('study.html#score', 'dddm/study.py'),
                             'dddm.study.scores_table': ('study.html#scores_table', 'dddm/study.py'),
                             'dddm.study.select': ('study.html#select', 'dddm/study.py'),

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from .checks import refuse_unknown
 from .levels import LEVEL_DISTRIBUTIONS
-from .model import DDDM
+from .model import DDDM, Boundary
 from .objectives import DERIVATIVES, OBJECTIVES, assemble, estimate_of, needs_store
 from .sampling import SAMPLERS
 from .schedule import VPSchedule
@@ -72,6 +72,7 @@ class TrainConfig:
     T: int                  = option(1000,           "number of times, at least 1")
     beta_min: float         = option(0.1,            "noise rate at t = 0, per unit of t/T")
     beta_max: float         = option(20.0,           "noise rate at t = T, at least beta_min")
+    sigma_data: float       = option(1.0,            "of the data, above 0; scales F, see model.Boundary")
     sampler: str | None     = option(None,           "one of dddm.sampling.SAMPLERS; None: the usual")
 
     # what a step computes
@@ -175,6 +176,7 @@ RANGES = {  # field: (whether a value will do, what it must be)
     "lr":               (lambda v: math.isfinite(v) and v > 0,  "must be a positive number"),
     "lr_decay":         (lambda v: 0 <= v <= 1,               "must be in [0, 1]"),
     "guidance":         (lambda v: math.isfinite(v) and v >= 1, "must be at least 1"),
+    "sigma_data":       (lambda v: math.isfinite(v) and v > 0,  "must be a positive number"),
     "label_dropout":    (lambda v: 0 <= v < 1,                "must be in [0, 1)"),
     "ema":              (lambda v: 0 <= v < 1,                "must be in [0, 1)"),
     "levels":           (is_level_range,                      "must be (fewest, most), whole numbers from 2"),
@@ -206,6 +208,9 @@ def check_config(config: TrainConfig) -> None:
         needs = "needs objective='meanflow' and classes"
         need(unused or (config.objective == "meanflow" and config.classes), config, name, needs)
     need(config.guidance == 1 or config.label_dropout > 0, config, "guidance", "needs label_dropout above 0")
+    scaled = OBJECTIVES[config.objective].wrap is Boundary
+    needs = f"needs an objective whose F is `Boundary`, which {config.objective!r} is not"
+    need(config.sigma_data == 1 or scaled, config, "sigma_data", needs)
     keeps_store = needs_store(config.objective, config.estimate)
     must = f"objective {config.objective!r} keeps a store, whose every row must be written in every epoch"
     need(not (config.drop_last and keeps_store), config, "drop_last", must)
@@ -360,7 +365,7 @@ def build(config: TrainConfig) -> DDDM:
         torch.default_generator.manual_seed(step_seed(config.seed, "weights"))  # the CPU's alone
         net = UNet(shape=config.shape, classes=config.classes, **network_options(config))
     schedule = VPSchedule(config.T, config.beta_min, config.beta_max)
-    return assemble(config.objective, net, schedule, config.sampler)
+    return assemble(config.objective, net, schedule, config.sampler, config.sigma_data)
 
 # %% ../nbs/09_config.ipynb #09-config-035
 def ema_decay(config: TrainConfig, step: int) -> float:

@@ -66,17 +66,23 @@ class Boundary(nn.Module):
 
     So $f_\theta = \sqrt{\bar\alpha_t}\,x_t - \sqrt{1-\bar\alpha_t}\;\mathrm{net}$ goes to x_t as t goes to
     0. net: as `DDDM` takes it; its own target is the velocity $\sqrt{\bar\alpha_t}\,\epsilon -
-    \sqrt{1-\bar\alpha_t}\,x_0$, of unit size at every t.
+    \sqrt{1-\bar\alpha_t}\,x_0$, of unit size at every t. sigma_data: the data's standard deviation
+    $\sigma_d$, above 0, where it is not 1. Then $f_\theta = \sigma_d^2\sqrt{\bar\alpha_t}\,x_t / v^2 -
+    \sigma_d\sqrt{1-\bar\alpha_t}\;\mathrm{net}(x_t/v) / v$ with $v^2 = 1 + (\sigma_d^2 - 1)\bar\alpha_t$: the
+    scaling of EDM (Karras et al. 2022).
     """
 
-    def __init__(self, net: nn.Module, schedule: VPSchedule):
+    def __init__(self, net: nn.Module, schedule: VPSchedule, sigma_data: float = 1.0):
         super().__init__()
-        self.net, self.schedule = net, schedule
+        self.net, self.schedule, self.sigma_data = net, schedule, sigma_data
         self.shape, self.classes = getattr(net, "shape", None), getattr(net, "classes", None)
 
     def forward(self, x_t, t, x0_estimate, label=None):
         signal, noise = self.schedule.signal_noise(t, x_t)
-        return (1 - signal) * x_t + noise * self.net(x_t, t, x0_estimate, label)
+        variance = 1 + (self.sigma_data**2 - 1) * signal**2
+        size = variance.sqrt()  # of x_t
+        skip, out = self.sigma_data**2 * signal / variance, self.sigma_data * noise / size
+        return (1 - skip) * x_t + out * self.net(x_t / size, t, x0_estimate, label)
 
 # %% ../nbs/02_reformulation.ipynb #02-reformulation-c2
 class MeanVelocity(nn.Module):

@@ -192,9 +192,10 @@ def guided(net, x, v, batch: Batch, label) -> torch.Tensor:
 def meanflow(model, d, batch: Batch, estimate: str = "none"):
     r"""$d\big(u,\ \mathrm{stop\_gradient}[v - (\theta - r)\,du/d\theta]\big)$ [B], and None: no rows.
 
-    u is the network's (Geng et al. 2025). model: its net is a `MeanVelocity`. The
-    angles are those of `draw_angles`, whose odd rows have r = θ: there the target is v. With a
-    `batch.guidance` other than 1, `guided` makes v. `batch.derivative`: see `change_along_flow`.
+    u is the network's (Geng et al. 2025). model: its net is a `MeanVelocity`. The angles are those of
+    `draw_angles`, whose odd rows have r = θ: there the target is v. The derivative follows the network's own
+    velocity $u(x, \theta, \theta)$ (Geng et al. 2025b, arXiv 2512.02012); `batch.derivative`: see
+    `change_along_flow`. With a `batch.guidance` other than 1, `guided` makes v.
     """
     angle = per_image(batch.angle, batch.x0)
     x = angle.cos() * batch.x0 + angle.sin() * batch.noise
@@ -205,7 +206,8 @@ def meanflow(model, d, batch: Batch, estimate: str = "none"):
     with torch.no_grad():
         v = v if batch.guidance == 1 else guided(model.net, x, v, batch, label)
         below, angle, own = batch.below[even], batch.angle[even], None if label is None else label[even]
-        change = change_along_flow(model.net, x[even], below, angle, v[even], own, batch.derivative)
+        direction = model.net.velocity(x[even], angle, angle, own)
+        change = change_along_flow(model.net, x[even], below, angle, direction, own, batch.derivative)
         target = v.clone()
         target[even] -= per_image(angle - below, x) * change
     return d(model.net.velocity(x, batch.below, batch.angle, label), target), None
@@ -367,15 +369,22 @@ def objective_value(
     return Value(*about.loss(model, d, batch, estimate), batch)
 
 # %% ../nbs/08c_objectives.ipynb #08c-objectives-049
-def assemble(objective: str, net: nn.Module, schedule: VPSchedule, sampler: str | None = None) -> DDDM:
+def assemble(
+    objective: str,
+    net: nn.Module,
+    schedule: VPSchedule,
+    sampler: str | None = None,
+    sigma_data: float = 1.0,
+) -> DDDM:
     r"""The model $f_\theta$ of an objective: F is the network, or the network under `Boundary`.
 
     net: as `Boundary` takes it; under an objective without an estimate it is fed zeros. sampler: the model's
-    own from now on, one of `SAMPLERS`; None is the objective's. Raises `ValueError` for names that do not
-    exist.
+    own from now on, one of `SAMPLERS`; None is the objective's. sigma_data: of `Boundary`. Raises
+    `ValueError` for names that do not exist.
     """
     sampler, about = sampler_of(objective, sampler), OBJECTIVES[objective]
     if about.wrap is not MeanVelocity and getattr(net, "config", {}).get("time") == "angle":
         net = AngleTime(net, schedule)
-    net = net if about.wrap is None else about.wrap(net, schedule)
+    if about.wrap is not None:
+        net = about.wrap(net, schedule, *([sigma_data] if about.wrap is Boundary else []))
     return DDDM(net, schedule, sampler, takes_estimate=about.estimate != "none")

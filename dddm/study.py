@@ -474,6 +474,18 @@ def one_step_variants(preset_name: str) -> list[Variant]:
     # fmt: on
     return [Variant(name, fields, (sampler,), ("one step",)) for name, fields, sampler in table]
 
+
+def scaling_variants(preset_name: str) -> list[Variant]:
+    "What consistency's network is told: the data's size, and the time as a step or as an angle."
+    few_steps = without(recipe_settings(preset_name), "level_distribution", "levels")
+    fields = dict(objective="improved_consistency") | few_steps | without(FEW_STEPS, "sampler")
+    changes = {
+        "as it is": {},
+        "sigma_data = 0.5": dict(sigma_data=0.5),
+        "time as an angle": dict(net=dict(time="angle")),
+    }
+    return [Variant(name, fields | change, ("renoise",), ("scaling",)) for name, change in changes.items()]
+
 # %% ../nbs/12_study.ipynb #12-study-027
 SETS: dict[str, Callable] = {
     "objectives": objective_variants,
@@ -483,6 +495,7 @@ SETS: dict[str, Callable] = {
     "recipe": recipe_variants,
     "network": network_variants,
     "one step": one_step_variants,
+    "scaling": scaling_variants,
 }
 OPTIONS = {  # which options a set takes
     "objectives": (),
@@ -492,6 +505,7 @@ OPTIONS = {  # which options a set takes
     "recipe": (),
     "network": ("resolution",),
     "one step": (),
+    "scaling": (),
 }
 
 # %% ../nbs/12_study.ipynb #12-study-028

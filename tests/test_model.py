@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import nn
 
-from dddm.model import DDDM
+from dddm.model import DDDM, Boundary
 from dddm.pfode import GaussianMixture
 from dddm.schedule import VPSchedule
 
@@ -165,3 +165,39 @@ def test_a_net_of_the_wrong_shape_is_refused():
 
     with pytest.raises(ValueError, match=r"net returned shape \(4, 1\)"):
         DDDM(Sum(), VPSchedule())(torch.zeros(4, 2), torch.zeros(4, 2), torch.tensor([1, 2, 3, 4]))
+
+
+def test_boundary_at_another_size_of_the_data_is_the_scaling_of_edm():
+    "EDM's factors in its own variables, x = x_0 + sigma noise (Karras et al. 2022, table 1)."
+    schedule, sigma_data = VPSchedule(1000), 0.5
+    net = Recording()
+    f = DDDM(Boundary(net, schedule, sigma_data), schedule)
+    t = torch.tensor([1, 30, 400, 1000])
+    x_t, estimate = torch.randn(4, 1, 4, 4), torch.randn(4, 1, 4, 4)
+    answer = f(estimate, x_t, t)
+    alphas_bar = schedule.alphas_bar[t].double().reshape(-1, 1, 1, 1)
+    x, sigma = x_t.double() / alphas_bar.sqrt(), ((1 - alphas_bar) / alphas_bar).sqrt()
+    total = (sigma**2 + sigma_data**2).sqrt()
+    c_skip, c_out, c_in = sigma_data**2 / total**2, sigma * sigma_data / total, 1 / total
+    torch.testing.assert_close(net.seen.double(), c_in * x, rtol=1e-5, atol=1e-5)
+    expected = c_skip * x - c_out * net.answer(net.seen).double()  # the net's sign is the velocity's
+    torch.testing.assert_close(answer.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+class Recording(nn.Module):
+    def answer(self, x):
+        return torch.sin(3 * x)
+
+    def forward(self, x_t, t, x0_estimate, label):
+        self.seen = x_t
+        return self.answer(x_t)
+
+
+def test_at_unit_size_boundary_is_what_it_was():
+    "The network is fed x_t itself, bit for bit, so runs of before go on as they were."
+    schedule, net = VPSchedule(1000), Recording()
+    x_t, t = torch.randn(3, 1, 4, 4), torch.tensor([0, 10, 1000])
+    F = Boundary(net, schedule)(x_t, t, torch.zeros_like(x_t))
+    signal, noise = schedule.signal_noise(t, x_t)
+    assert torch.equal(net.seen, x_t)
+    assert torch.equal(F, (1 - signal) * x_t + noise * net.answer(x_t))
