@@ -599,7 +599,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'dddm.presets.changed': ('presets.html#changed', 'dddm/presets.py'),
                               'dddm.presets.check_own': ('presets.html#check_own', 'dddm/presets.py'),
                               'dddm.presets.check_square': ('presets.html#check_square', 'dddm/presets.py'),
-                              'dddm.presets.consistency': ('presets.html#consistency', 'dddm/presets.py'),
                               'dddm.presets.every': ('presets.html#every', 'dddm/presets.py'),
                               'dddm.presets.main': ('presets.html#main', 'dddm/presets.py'),
                               'dddm.presets.one_step': ('presets.html#one_step', 'dddm/presets.py'),
