@@ -212,8 +212,7 @@ def write_model(model: "Pretrained", folder: Path) -> None:
 # %% ../nbs/11a_zoo.ipynb #11a-zoo-014
 SHIPPED = {  # name: sha256 of model.safetensors
     "digits-paper": "d8879e09cbe2b314bf1089a9f10d549cb158ed3275bd2eaae8971a4ad3ea1701",
-    "digits-consistency": "1bc28e2690216b39da876209e1fa14a237de0c8a5c0a2a8f45a5e676e160d039",
-    "digits-few-steps": "739abfdd86835f85feeb46ab703c7f4fa96f22e967e1d8fc4b22421b686a113f",
+    "digits-one-step": "67dc606b54949914683e7209a0cd3817dd3f69b70169eaa975dc36f1da5249d0",
     "mnist-paper": "ed523f6a172b1a95d527de7d8d0955366f8bb00953097d6ffe5575ace11b48b2",
     "mnist-one-step": "98b3f9ffed0f361e5a1bf60b35b27257d01321ffef2936f597a7f91d4d00ab5f",
 }
