@@ -57,7 +57,7 @@ class TrainConfig:
     """
 
     # fmt: off
-    # the images
+    # ---- the images
     data: str               = option("digits",       "digits, a name in `dddm.data.KNOWN`, or a path")
     data_path: str | None   = option(None,           "where a named data set lies; None: the usual place")
     download: bool          = option(False,          "allow MNIST, Fashion-MNIST or CIFAR-10 to be fetched")
@@ -66,16 +66,14 @@ class TrainConfig:
     shape: tuple            = option((1, 8, 8),      "(C, H, W) of an image, each at least 1")
     classes: int | None     = option(None,           "number of labels; None: unconditional")
     flip: bool              = option(False,          "mirror images at random")
-
-    # the model
+    # ---- the model
     net: dict               = option({},             "arguments of dddm.unet.UNet but shape, classes")
     T: int                  = option(1000,           "number of times, at least 1")
     beta_min: float         = option(0.1,            "noise rate at t = 0, per unit of t/T")
     beta_max: float         = option(20.0,           "noise rate at t = T, at least beta_min")
     sigma_data: float       = option(1.0,            "of the data, above 0; scales F, see model.Boundary")
     sampler: str | None     = option(None,           "one of dddm.sampling.SAMPLERS; None: the usual")
-
-    # what a step computes
+    # ---- what a step computes
     objective: str          = option("paper",        "a name of dddm.objectives.OBJECTIVES")
     estimate: str | None    = option(None,           "what fills the estimate; None: the objective's own")
     levels: tuple           = option((10, 80),       "fewest and most noise levels, for consistency")
@@ -86,8 +84,7 @@ class TrainConfig:
     distance: str           = option("pseudo_huber", "d, a name that dddm.losses.distance takes")
     c: float                = option(0.0,            "c of a pseudo distance, at least 0")
     distance_options: dict  = option({},             "further arguments of dddm.losses.distance")
-
-    # how it is learned
+    # ---- how it is learned
     epochs: int             = option(100,            "passes over the data, at least 1")
     batch: int              = option(128,            "samples in a step, over all devices together")
     drop_last: bool         = option(False,          "leave out an epoch's last batch if it is smaller")
@@ -98,8 +95,7 @@ class TrainConfig:
     store_dtype: str        = option("float16",      "float32, float16, bfloat16, uint8")
     store_path: str | None  = option(None,           "file that holds the store; None: memory")
     seed: int               = option(0,              "every random draw follows from it, 0..2^63-1")
-
-    # how the machine does it
+    # ---- how the machine does it
     precision: str          = option("auto",         "float32, bfloat16, auto: passes.step_dtype")
     micro_batch: int | None = option(None,           "most samples in one pass; None: what fits")
     compile: bool | None    = option(None,           "None: on a GPU, if it is as good and faster")
@@ -109,15 +105,19 @@ class TrainConfig:
     log_every: int          = option(20,             "steps between lines of the history")
     checkpoint_every: int   = option(1000,           "steps between checkpoints")
     sample_every: int       = option(1000,           "steps between grids of samples; 0: none")
-    # fmt: on
 
     def __post_init__(self):
-        for name in ("shape", "levels"):  # JSON and YAML have lists
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, tuple(getattr(self, name)))
-        if isinstance(self.net, dict):
-            self.net = {k: tuple(v) if isinstance(v, list) else v for k, v in self.net.items()}
-        check_config(self)
+        check_config(lists_to_tuples(self))
+
+# %% ../nbs/09_config.ipynb #09-config-007-part
+def lists_to_tuples(config: TrainConfig) -> TrainConfig:
+    "The configuration itself, with tuples in the place of the lists that JSON and YAML have."
+    for name in ("shape", "levels"):
+        if isinstance(getattr(config, name), list):
+            setattr(config, name, tuple(getattr(config, name)))
+    if isinstance(config.net, dict):
+        config.net = {k: tuple(v) if isinstance(v, list) else v for k, v in config.net.items()}
+    return config
 
 # %% ../nbs/09_config.ipynb #09-config-009
 CHOICES = dict(

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from .cache import cache_folder, cached, expand, fingerprint
 from .decoding import SKIP_HINT, BadFile, shape_mismatch
@@ -62,34 +63,40 @@ class Images:
         size = f"{self.pixels.numel() / 1e6:.1f} MB on {self.pixels.device}"
         return f"Images({self.name}, {len(self):,} of {self.shape}, {self.classes or 'no'} classes, {size})"
 
-    def get(self, index: torch.Tensor, device=None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images `index` [B] as float32 [B, C, H, W] in [-1, 1], and labels [B] or None.
+# %% ../nbs/07d_data.ipynb #07d-data-006-get
+@patch
+def get(self: Images, index: torch.Tensor, device=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images `index` [B] as float32 [B, C, H, W] in [-1, 1], and labels [B] or None.
 
-        device: where they are wanted; None: where the pixels are.
-        """
-        if len(index) and index.device.type == "cpu" and (index.min() < 0 or index.max() >= len(self)):
-            raise ValueError(
-                f"index ranges over {index.min().item()}..{index.max().item()}; "
-                f"it must stay in 0..{len(self) - 1}"
-            )
-        index, device = to_device(index, self.pixels.device), self.pixels.device if device is None else device
-        pixels = to_device(self.pixels[index], device)  # bytes travel, not floats
-        x = pixels.float().div_(self.levels / 2).sub_(1)
-        return x, None if self.labels is None else to_device(self.labels[index], device)
+    device: where they are wanted; None: where the pixels are.
+    """
+    if len(index) and index.device.type == "cpu" and (index.min() < 0 or index.max() >= len(self)):
+        raise ValueError(
+            f"index ranges over {index.min().item()}..{index.max().item()}; "
+            f"it must stay in 0..{len(self) - 1}"
+        )
+    index, device = to_device(index, self.pixels.device), self.pixels.device if device is None else device
+    pixels = to_device(self.pixels[index], device)  # bytes travel, not floats
+    x = pixels.float().div_(self.levels / 2).sub_(1)
+    return x, None if self.labels is None else to_device(self.labels[index], device)
 
-    def to(self, device) -> "Images":
-        "The same data set with its pixels and labels on `device`."
-        labels = None if self.labels is None else self.labels.to(device)
-        return replace(self, pixels=self.pixels.to(device), labels=labels)
 
-    def summary(self) -> str:
-        "How the data were understood, in a few lines: place, splits, sizes, classes with counts, skipped."
-        c, h, w = self.shape
-        colours = {1: "grey", 3: "RGB"}.get(c, f"{c} channels")
-        lines = [f"{self.name}: {len(self):,} images of {w}x{h}, {colours}", *self.notes, class_counts(self)]
-        if self.skipped:
-            lines.append(f"skipped: {len(self.skipped):,}, the first: {' '.join(self.skipped[0])}")
-        return "\n  ".join(lines).encode("utf-8", "backslashreplace").decode()  # some names are no text
+@patch
+def to(self: Images, device) -> Images:
+    "The same data set with its pixels and labels on `device`."
+    labels = None if self.labels is None else self.labels.to(device)
+    return replace(self, pixels=self.pixels.to(device), labels=labels)
+
+# %% ../nbs/07d_data.ipynb #07d-data-006-summary
+@patch
+def summary(self: Images) -> str:
+    "How the data were understood, in a few lines: place, splits, sizes, classes with counts, skipped."
+    c, h, w = self.shape
+    colours = {1: "grey", 3: "RGB"}.get(c, f"{c} channels")
+    lines = [f"{self.name}: {len(self):,} images of {w}x{h}, {colours}", *self.notes, class_counts(self)]
+    if self.skipped:
+        lines.append(f"skipped: {len(self.skipped):,}, the first: {' '.join(self.skipped[0])}")
+    return "\n  ".join(lines).encode("utf-8", "backslashreplace").decode()  # some names are no text
 
 # %% ../nbs/07d_data.ipynb #07d-data-007
 def class_counts(images: Images, most: int = 12) -> str:

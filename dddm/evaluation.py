@@ -253,39 +253,6 @@ class Samples:
         "The newest estimates of algorithm 2, float32."
         return read_images(self.path("state.safetensors"), self.identity)
 
-    def walk(self, tick=lambda n: None) -> Iterator[tuple[int, torch.Tensor]]:
-        "Number of steps and samples, uint8 [n, C, H, W], ascending; read back where they are kept."
-        state = KeptImages()
-        for steps in self.steps:
-            found = self.read(steps)
-            if found is None:
-                state = self._reach(steps, state, tick)
-                found = encode(state.images, torch.uint8)
-                path = self.path(f"steps{steps}.safetensors")
-                write_images(path, KeptImages(found, steps), {**self.identity, "steps": steps})
-            yield steps, found
-
-    def _reach(self, steps: int, state: KeptImages, tick) -> KeptImages:
-        "Estimates after so many steps, from `state` or the newest that are kept."
-        if not self.subject.goes_on:
-            return self._advanced(KeptImages(), steps, tick)
-        if state.images is None:
-            state = self.read_state()
-        if state.steps > steps:
-            state = KeptImages()
-        while state.steps < steps:
-            state = self._advanced(state, min(steps, state.steps + 100), tick)  # all that a stop can cost
-            write_images(self.path("state.safetensors"), state, self.identity)
-        return state
-
-    def _advanced(self, state: KeptImages, steps: int, tick) -> KeptImages:
-        "All estimates after so many steps, batch by batch."
-        parts = []
-        for rows in torch.arange(self.n).split(self.batch_size):
-            before = KeptImages() if state.images is None else KeptImages(state.images[rows], state.steps)
-            parts.append(advance(self.subject, self.seed, rows, before, steps, tick))
-        return KeptImages(torch.cat(parts), steps)
-
     def cost(self) -> int:
         "Evaluations of the network on one image that are still to be done."
         left = [s for s in self.steps if not self.path(f"steps{s}.safetensors").exists()]
@@ -295,6 +262,45 @@ class Samples:
             return self.n * sum(left)
         reached = self.read_state().steps
         return self.n * (max(left) - (reached if reached <= min(left) else 0))
+
+# %% ../nbs/11b_evaluation.ipynb #11b-evaluation-010-part
+@patch
+def walk(self: Samples, tick=lambda n: None) -> Iterator[tuple[int, torch.Tensor]]:
+    "Number of steps and samples, uint8 [n, C, H, W], ascending; read back where they are kept."
+    state = KeptImages()
+    for steps in self.steps:
+        found = self.read(steps)
+        if found is None:
+            state = self._reach(steps, state, tick)
+            found = encode(state.images, torch.uint8)
+            path = self.path(f"steps{steps}.safetensors")
+            write_images(path, KeptImages(found, steps), {**self.identity, "steps": steps})
+        yield steps, found
+
+
+@patch
+def _reach(self: Samples, steps: int, state: KeptImages, tick) -> KeptImages:
+    "Estimates after so many steps, from `state` or the newest that are kept."
+    if not self.subject.goes_on:
+        return self._advanced(KeptImages(), steps, tick)
+    if state.images is None:
+        state = self.read_state()
+    if state.steps > steps:
+        state = KeptImages()
+    while state.steps < steps:
+        state = self._advanced(state, min(steps, state.steps + 100), tick)  # all that a stop can cost
+        write_images(self.path("state.safetensors"), state, self.identity)
+    return state
+
+
+@patch
+def _advanced(self: Samples, state: KeptImages, steps: int, tick) -> KeptImages:
+    "All estimates after so many steps, batch by batch."
+    parts = []
+    for rows in torch.arange(self.n).split(self.batch_size):
+        before = KeptImages() if state.images is None else KeptImages(state.images[rows], state.steps)
+        parts.append(advance(self.subject, self.seed, rows, before, steps, tick))
+    return KeptImages(torch.cat(parts), steps)
 
 # %% ../nbs/11b_evaluation.ipynb #11b-evaluation-012
 EXTRACTORS = {about["images"]: name for name, about in FEATURES.items()}  # by data
@@ -367,16 +373,6 @@ class Evaluation:
             return OF_PIXELS
         return METRICS + ("confident",) * (name in FEATURES) + ("is",) * (name == "inception")
 
-    def samples(self, subject: Subject, seed: int) -> Samples:
-        "The files of a subject's samples."
-        most = self.all_seeds_to
-        steps = [s for s in self.steps if seed == self.seeds[0] or most is None or s <= most]
-        return Samples(subject, seed, steps, self.n, self.batch_size, self.out / "samples")
-
-    def cost(self, subject: Subject) -> int:
-        "Evaluations of the network on one image that are still to be done."
-        return sum(self.samples(subject, seed).cost() for seed in self.seeds)
-
     def see(self, x: torch.Tensor, progress: bool = False) -> Features:
         "What the extractor sees of images."
         return extract(x, self.extractor, batch_size=self.batch_size, progress=progress)
@@ -385,15 +381,33 @@ class Evaluation:
         "The scores of what the extractor saw."
         return measure(features, self.reference, self.metrics, seed=seed, device=self.extractor.device)
 
-    def over_seeds(self, name: str, steps: int) -> list[dict]:
-        "The scores of a run after so many steps, of every seed that has them."
-        keys = [(name, steps, seed) for seed in self.seeds]
-        return [self.scores[k] for k in keys if k in self.scores]
+# %% ../nbs/11b_evaluation.ipynb #11b-evaluation-014-part
+@patch
+def samples(self: Evaluation, subject: Subject, seed: int) -> Samples:
+    "The files of a subject's samples."
+    most = self.all_seeds_to
+    steps = [s for s in self.steps if seed == self.seeds[0] or most is None or s <= most]
+    return Samples(subject, seed, steps, self.n, self.batch_size, self.out / "samples")
 
-    def means(self, name: str) -> dict[int, float]:
-        "Mean distance over the seeds, by number of steps."
-        found = {s: [f[self.distance].value for f in self.over_seeds(name, s)] for s in self.steps}
-        return {s: sum(v) / len(v) for s, v in found.items() if v}
+
+@patch
+def cost(self: Evaluation, subject: Subject) -> int:
+    "Evaluations of the network on one image that are still to be done."
+    return sum(self.samples(subject, seed).cost() for seed in self.seeds)
+
+
+@patch
+def over_seeds(self: Evaluation, name: str, steps: int) -> list[dict]:
+    "The scores of a run after so many steps, of every seed that has them."
+    keys = [(name, steps, seed) for seed in self.seeds]
+    return [self.scores[k] for k in keys if k in self.scores]
+
+
+@patch
+def means(self: Evaluation, name: str) -> dict[int, float]:
+    "Mean distance over the seeds, by number of steps."
+    found = {s: [f[self.distance].value for f in self.over_seeds(name, s)] for s in self.steps}
+    return {s: sum(v) / len(v) for s, v in found.items() if v}
 
 # %% ../nbs/11b_evaluation.ipynb #11b-evaluation-015
 def open_evaluation(

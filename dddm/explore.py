@@ -625,19 +625,6 @@ class StepExplorer(Explorer):
         RUNNING.add(self)
         self.ask()
 
-    def lay_out(self) -> None:
-        "Make the slider, the progress bar and the curves' frame, and put everything into the box."
-        import ipywidgets as widgets
-
-        self.step, self.play, self.go_to = step_slider(log_steps(self.steps))
-        look = dict(description="computed", style=STYLE, layout=dict(width="620px"))
-        self.progress, self.curves = widgets.IntProgress(0, 0, 1, **look), Frame(184)
-        self.label.layout.display = "none"
-        when = widgets.HBox([self.play, self.step, self.go_to])
-        what = widgets.HBox([self.seed, self.n, self.label])
-        rows = [part for row in self.rows for part in (row.model, row.frame.html)]
-        self.box.children = [when, what, self.progress, *rows, self.curves.html]
-
     @property
     def trajectory(self) -> Trajectory | None:
         "The trajectory of the first row that is shown, or None."
@@ -648,6 +635,21 @@ class StepExplorer(Explorer):
         if self.thread is not None:
             self.thread.join(seconds)
         return self
+
+# %% ../nbs/13_explore.ipynb #13-explore-laid-out
+@patch
+def lay_out(self: StepExplorer) -> None:
+    "Make the slider, the progress bar and the curves' frame, and put everything into the box."
+    import ipywidgets as widgets
+
+    self.step, self.play, self.go_to = step_slider(log_steps(self.steps))
+    look = dict(description="computed", style=STYLE, layout=dict(width="620px"))
+    self.progress, self.curves = widgets.IntProgress(0, 0, 1, **look), Frame(184)
+    self.label.layout.display = "none"
+    when = widgets.HBox([self.play, self.step, self.go_to])
+    what = widgets.HBox([self.seed, self.n, self.label])
+    rows = [part for row in self.rows for part in (row.model, row.frame.html)]
+    self.box.children = [when, what, self.progress, *rows, self.curves.html]
 
 # %% ../nbs/13_explore.ipynb #13-explore-033
 class Job(NamedTuple):

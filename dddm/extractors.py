@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -491,62 +492,68 @@ class Collector:
         self.n, self.low, self.high, self.sums, self.hash = 0, 255, 0, 0, hashlib.sha256()
         self.features, self.logits = Rows(n), Rows(n) if logits else None
 
-    def add(self, x: torch.Tensor) -> None:
-        "Images [b, C, H, W], floats in [-1, 1] or uint8."
-        x = to_bytes(x, self.name)
-        if not len(x):
-            return
-        if self.shape and tuple(x.shape[1:]) != tuple(self.shape):
-            raise ValueError(
-                f"{self.name}: images are {tuple(x.shape[1:])}, expected {tuple(self.shape)} (C, H, W)"
-            )
-        self.shape = tuple(x.shape[1:])
-        if self.expected and self.n + len(x) > self.expected:
-            raise ValueError(f"{self.name}: more than the n={self.expected} images that were announced")
-        seen = self.extractor(x)
-        self.features.add(seen.features)
-        if self.logits is not None and seen.logits is not None:
-            self.logits.add(seen.logits)
-        self._count_pixels(x.cpu())
-
-    def _count_pixels(self, x: torch.Tensor) -> None:
-        "What is kept of the pixels themselves: their hash, range, sums and sums of squares."
-        self.hash.update(x.contiguous().numpy())
-        low, high = x.aminmax()
-        f = x.float()
-        self.n, self.low, self.high = self.n + len(x), min(self.low, low.item()), max(self.high, high.item())
-        self.sums = self.sums + torch.stack([f.sum(0), f.square_().sum(0)]).double()
-
-    def finish(self) -> Features:
-        """The `Features` of all images added.
-
-        Warns of a range that looks like another convention's; `ValueError` for fewer than 2 images.
-        """
-        if self.n < 2:
-            raise ValueError(f"{self.name}: {self.n} image(s); a distribution needs at least 2")
-        if self.low >= 127:
-            warnings.warn(
-                f"{self.name}: no pixel is below the middle grey; "
-                "images in [0, 1] must be brought to [-1, 1] first"
-            )
-        if self.high <= 32:
-            warnings.warn(
-                f"{self.name}: the brightest pixel is {self.high} of 255; do the images use the whole range?"
-            )
-        mean = self.sums[0] / self.n
-        variance = ((self.sums[1] / self.n - mean**2) * self.n / (self.n - 1)).clamp(0)
-        e = self.extractor
-        return Features(
-            self.features.all(),
-            None if self.logits is None else self.logits.all(),
-            mean / 127.5 - 1,
-            variance / 127.5**2,
-            data_hash(self.hash, self.n, self.shape),
-            e.name,
-            e.weights,
-            e.resize,
-            e.distance,
+# %% ../nbs/10_extractors.ipynb #10-extractors-029-add
+@patch
+def add(self: Collector, x: torch.Tensor) -> None:
+    "Images [b, C, H, W], floats in [-1, 1] or uint8."
+    x = to_bytes(x, self.name)
+    if not len(x):
+        return
+    if self.shape and tuple(x.shape[1:]) != tuple(self.shape):
+        raise ValueError(
+            f"{self.name}: images are {tuple(x.shape[1:])}, expected {tuple(self.shape)} (C, H, W)"
         )
+    self.shape = tuple(x.shape[1:])
+    if self.expected and self.n + len(x) > self.expected:
+        raise ValueError(f"{self.name}: more than the n={self.expected} images that were announced")
+    seen = self.extractor(x)
+    self.features.add(seen.features)
+    if self.logits is not None and seen.logits is not None:
+        self.logits.add(seen.logits)
+    self._count_pixels(x.cpu())
+
+
+@patch
+def _count_pixels(self: Collector, x: torch.Tensor) -> None:
+    "What is kept of the pixels themselves: their hash, range, sums and sums of squares."
+    self.hash.update(x.contiguous().numpy())
+    low, high = x.aminmax()
+    f = x.float()
+    self.n, self.low, self.high = self.n + len(x), min(self.low, low.item()), max(self.high, high.item())
+    self.sums = self.sums + torch.stack([f.sum(0), f.square_().sum(0)]).double()
+
+# %% ../nbs/10_extractors.ipynb #10-extractors-029-finish
+@patch
+def finish(self: Collector) -> Features:
+    """The `Features` of all images added.
+
+    Warns of a range that looks like another convention's; `ValueError` for fewer than 2 images.
+    """
+    if self.n < 2:
+        raise ValueError(f"{self.name}: {self.n} image(s); a distribution needs at least 2")
+    if self.low >= 127:
+        warnings.warn(
+            f"{self.name}: no pixel is below the middle grey; "
+            "images in [0, 1] must be brought to [-1, 1] first"
+        )
+    if self.high <= 32:
+        warnings.warn(
+            f"{self.name}: the brightest pixel is {self.high} of 255; do the images use the whole range?"
+        )
+    mean = self.sums[0] / self.n
+    variance = ((self.sums[1] / self.n - mean**2) * self.n / (self.n - 1)).clamp(0)
+    e = self.extractor
+    return Features(
+        self.features.all(),
+        None if self.logits is None else self.logits.all(),
+        mean / 127.5 - 1,
+        variance / 127.5**2,
+        data_hash(self.hash, self.n, self.shape),
+        e.name,
+        e.weights,
+        e.resize,
+        e.distance,
+    )
 
 # %% ../nbs/10_extractors.ipynb #10-extractors-030
 def extract(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 
 from .checks import refuse_unknown
@@ -283,37 +284,41 @@ class PerceptualDistance(nn.Module):
     def extra_repr(self):
         return f"net={self.net!r}, resize={self.resize}"
 
-    def maps(self, x):
-        "Unit-length feature maps of images x: a list of [B, C_l, H_l, W_l]."
-        if self.resize is not None:
-            x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
-        maps = self.trunk(x.expand(-1, 3, -1, -1) if x.shape[1] == 1 and self.heads else x)
-        if not (
-            isinstance(maps, (list, tuple)) and maps and all(torch.is_tensor(m) and m.ndim == 4 for m in maps)
-        ):
-            raise ValueError("features must return a non-empty list or tuple of maps shaped [B, C, H, W]")
-        return [unit_channels(m) for m in maps]
+# %% ../nbs/04_losses.ipynb #04-losses-034b
+@patch
+def maps(self: PerceptualDistance, x):
+    "Unit-length feature maps of images x: a list of [B, C_l, H_l, W_l]."
+    if self.resize is not None:
+        x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
+    maps = self.trunk(x.expand(-1, 3, -1, -1) if x.shape[1] == 1 and self.heads else x)
+    if not (
+        isinstance(maps, (list, tuple)) and maps and all(torch.is_tensor(m) and m.ndim == 4 for m in maps)
+    ):
+        raise ValueError("features must return a non-empty list or tuple of maps shaped [B, C, H, W]")
+    return [unit_channels(m) for m in maps]
 
-    def forward(self, x, y):
-        check_pair(x, y)
-        if x.ndim != 4 or (self.heads and x.shape[1] not in (1, 3)):
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, C, H, W] with 1 or 3 channels")
-        if self.resize is None and min(x.shape[2:]) < self.least:
-            raise ValueError(
-                f"images of {x.shape[2]}x{x.shape[3]} are too small for net={self.net!r}, which needs "
-                f"{self.least} pixels a side; pass resize=224 (or any size from {self.least})"
-            )
-        with torch.autocast(x.device.type, enabled=False):
-            with torch.no_grad():
-                target = self.maps(y.float())
-            diffs = [(a - b).square() for a, b in zip(self.maps(x.float()), target)]
-            layers = (
-                [head(d) for head, d in zip(self.heads, diffs)]
-                if self.heads
-                else [d.sum(1, keepdim=True) for d in diffs]
-            )
-            score = sum(l.mean(dim=(1, 2, 3)) for l in layers)
-            return score if self.finish is None else self.finish(score)
+
+@patch
+def forward(self: PerceptualDistance, x, y):
+    check_pair(x, y)
+    if x.ndim != 4 or (self.heads and x.shape[1] not in (1, 3)):
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, C, H, W] with 1 or 3 channels")
+    if self.resize is None and min(x.shape[2:]) < self.least:
+        raise ValueError(
+            f"images of {x.shape[2]}x{x.shape[3]} are too small for net={self.net!r}, which needs "
+            f"{self.least} pixels a side; pass resize=224 (or any size from {self.least})"
+        )
+    with torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad():
+            target = self.maps(y.float())
+        diffs = [(a - b).square() for a, b in zip(self.maps(x.float()), target)]
+        layers = (
+            [head(d) for head, d in zip(self.heads, diffs)]
+            if self.heads
+            else [d.sum(1, keepdim=True) for d in diffs]
+        )
+        score = sum(l.mean(dim=(1, 2, 3)) for l in layers)
+        return score if self.finish is None else self.finish(score)
 
 # %% ../nbs/04_losses.ipynb #04-losses-041
 def root(s: torch.Tensor) -> torch.Tensor:

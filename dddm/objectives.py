@@ -192,9 +192,10 @@ def guided(net, x, v, batch: Batch, label) -> torch.Tensor:
 def meanflow(model, d, batch: Batch, estimate: str = "none"):
     r"""$d\big(u,\ \mathrm{stop\_gradient}[v - (\theta - r)\,du/d\theta]\big)$ [B], and None: no rows.
 
-    u is the network's (Geng et al. 2025). model: its net is a `MeanVelocity`. The
-    angles are those of `draw_angles`, whose odd rows have r = θ: there the target is v. With a
-    `batch.guidance` other than 1, `guided` makes v. `batch.derivative`: see `change_along_flow`.
+    u is the network's (Geng et al. 2025). model: its net is a `MeanVelocity`. The angles are those of
+    `draw_angles`, whose odd rows have r = θ: there the target is v. The derivative follows the network's own
+    velocity $u(x, \theta, \theta)$ (Geng et al. 2025b, arXiv 2512.02012); `batch.derivative`: see
+    `change_along_flow`. With a `batch.guidance` other than 1, `guided` makes v.
     """
     angle = per_image(batch.angle, batch.x0)
     x = angle.cos() * batch.x0 + angle.sin() * batch.noise
@@ -205,7 +206,8 @@ def meanflow(model, d, batch: Batch, estimate: str = "none"):
     with torch.no_grad():
         v = v if batch.guidance == 1 else guided(model.net, x, v, batch, label)
         below, angle, own = batch.below[even], batch.angle[even], None if label is None else label[even]
-        change = change_along_flow(model.net, x[even], below, angle, v[even], own, batch.derivative)
+        direction = model.net.velocity(x[even], angle, angle, own)
+        change = change_along_flow(model.net, x[even], below, angle, direction, own, batch.derivative)
         target = v.clone()
         target[even] -= per_image(angle - below, x) * change
     return d(model.net.velocity(x, batch.below, batch.angle, label), target), None

@@ -75,7 +75,7 @@ def show_rows(rows: dict, columns: int, width: float = 7) -> None:
     fig.tight_layout()
     plt.show()
 
-
+# %% ../nbs/06a_pictures.ipynb #06a-pictures-009b
 def keep_images(rows: dict, path) -> None:
     """Write {name: images [n, C, H, W]} to a JSON file, in 8 bits a value: whole, or not at all.
 

@@ -412,10 +412,21 @@ def _renoised(model, start: Start, steps: list[int], clamp: bool, tolerance=None
 
     return _by_ddim(model, start, steps, clamp, fresh=fresh)
 
-# %% ../nbs/08_sampling.ipynb #08-sampling-027b
+# %% ../nbs/08_sampling.ipynb #08-sampling-027-c
 SAMPLERS = {"iterate": _iterated, "ddim": _by_ddim, "renoise": _renoised, "meanflow": _by_meanflow}
 
 
+def _check_sampler(model, sampler: str, counts: list[int], tolerance) -> None:
+    "`ValueError` unless `model` can be sampled by `sampler`, after those numbers of steps, with `tolerance`."
+    refuse_unknown("sampler", sampler, SAMPLERS)
+    check_tolerance(tolerance, sampler)
+    if sampler != "iterate":
+        for s in counts:
+            times_down(model.schedule.T, s)
+    if sampler == "meanflow":
+        check_moves(model)
+
+# %% ../nbs/08_sampling.ipynb #08-sampling-027b
 def sample(
     model,
     n: int,
@@ -448,13 +459,7 @@ def sample(
     """
     check_count("n", n)
     counts, sampler = step_counts(steps), sampler or model.sampler
-    refuse_unknown("sampler", sampler, SAMPLERS)
-    check_tolerance(tolerance, sampler)
-    if sampler != "iterate":
-        for s in counts:
-            times_down(model.schedule.T, s)
-    if sampler == "meanflow":
-        check_moves(model)
+    _check_sampler(model, sampler, counts, tolerance)
     if isinstance(start, bool) or not isinstance(start, numbers.Integral) or start < 0:
         raise ValueError(f"start={start!r}: must be an integer >= 0")
     shape, label = sample_shape(model, shape), class_labels(model, label, n)

@@ -10,6 +10,7 @@ import math
 import numbers
 
 import torch
+from fastcore.basics import patch
 
 from .checks import check_finite
 
@@ -78,53 +79,61 @@ class VPSchedule:
             )
         return t.long()
 
-    def tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for every t, both [T+1].
+# %% ../nbs/00_schedule.ipynb #00-schedule-019b
+@patch
+def tables(self: VPSchedule, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ for every t, both [T+1].
 
-        Both have `like`'s dtype and are on its device; they are made once for each dtype and device.
-        """
-        key = str(like.device), like.dtype
-        if key not in self._tables:
-            exact = self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()
-            with torch.inference_mode(False):  # they serve training, too; cast first: MPS has no float64
-                self._tables[key] = tuple(v.to(like.dtype).to(like.device) for v in exact)
-        return self._tables[key]
+    Both have `like`'s dtype and are on its device; they are made once for each dtype and device.
+    """
+    key = str(like.device), like.dtype
+    if key not in self._tables:
+        exact = self.alphas_bar.sqrt(), (1 - self.alphas_bar).sqrt()
+        with torch.inference_mode(False):  # they serve training, too; cast first: MPS has no float64
+            self._tables[key] = tuple(v.to(like.dtype).to(like.device) for v in exact)
+    return self._tables[key]
 
-    def signal_noise(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ at `t` [B], shaped [B, 1, …] to multiply `like`.
 
-        Both have `like`'s dtype and are on its device.
-        """
-        t = self.check_t(t, len(like)).to(like.device)
-        return tuple(v[t].reshape(-1, *[1] * (like.ndim - 1)) for v in self.tables(like))
+@patch
+def signal_noise(self: VPSchedule, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""$\sqrt{\bar\alpha_t}$ and $\sqrt{1-\bar\alpha_t}$ at `t` [B], shaped [B, 1, …] to multiply `like`.
 
-    def angle(self, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        r"""$\theta_t = \arctan\sigma_t$ at `t` [B], where $\sigma_t$ is noise over signal: [B], in [0, π/2).
+    Both have `like`'s dtype and are on its device.
+    """
+    t = self.check_t(t, len(like)).to(like.device)
+    return tuple(v[t].reshape(-1, *[1] * (like.ndim - 1)) for v in self.tables(like))
 
-        $\cos\theta_t = \sqrt{\bar\alpha_t}$ and $\sin\theta_t = \sqrt{1-\bar\alpha_t}$. The dtype
-        and the device are those of `like`.
-        """
-        signal, noise = self.signal_noise(t, like)
-        return torch.atan2(noise, signal).flatten()
 
-    def diffuse(self, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        r"""Noise the samples up to time t in one jump: a draw from $q(x_t \mid x_0)$ (paper 2.1).
+@patch
+def angle(self: VPSchedule, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    r"""$\theta_t = \arctan\sigma_t$ at `t` [B], where $\sigma_t$ is noise over signal: [B], in [0, π/2).
 
-        $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$, shaped and typed like x0.
-        x0, noise: floats [B, …] of equal shape and type; t long [B] in 0..T, or one integer.
-        Raises `ValueError` on mismatched shapes or types, integers, t out of range, or non-finite values.
-        """
-        if x0.shape != noise.shape or x0.ndim == 0:
-            raise ValueError(
-                f"noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}; both must be [B, …] and equal"
-            )
-        if not x0.is_floating_point():
-            raise ValueError(f"x0 has dtype {x0.dtype}; it must be floating point (images in [-1, 1])")
-        if noise.dtype != x0.dtype:
-            raise ValueError(
-                f"noise has dtype {noise.dtype}, x0 {x0.dtype}; both must be the same, so that x_t is too"
-            )
-        check_finite("x0", x0)
-        check_finite("noise", noise)
-        a, b = self.signal_noise(t, x0)
-        return a * x0 + b * noise
+    $\cos\theta_t = \sqrt{\bar\alpha_t}$ and $\sin\theta_t = \sqrt{1-\bar\alpha_t}$. The dtype
+    and the device are those of `like`.
+    """
+    signal, noise = self.signal_noise(t, like)
+    return torch.atan2(noise, signal).flatten()
+
+# %% ../nbs/00_schedule.ipynb #00-schedule-019d
+@patch
+def diffuse(self: VPSchedule, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    r"""Noise the samples up to time t in one jump: a draw from $q(x_t \mid x_0)$ (paper 2.1).
+
+    $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$, shaped and typed like x0.
+    x0, noise: floats [B, …] of equal shape and type; t long [B] in 0..T, or one integer.
+    Raises `ValueError` on mismatched shapes or types, integers, t out of range, or non-finite values.
+    """
+    if x0.shape != noise.shape or x0.ndim == 0:
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}; both must be [B, …] and equal"
+        )
+    if not x0.is_floating_point():
+        raise ValueError(f"x0 has dtype {x0.dtype}; it must be floating point (images in [-1, 1])")
+    if noise.dtype != x0.dtype:
+        raise ValueError(
+            f"noise has dtype {noise.dtype}, x0 {x0.dtype}; both must be the same, so that x_t is too"
+        )
+    check_finite("x0", x0)
+    check_finite("noise", noise)
+    a, b = self.signal_noise(t, x0)
+    return a * x0 + b * noise

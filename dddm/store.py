@@ -333,27 +333,28 @@ class EstimateStore:
         "Bytes that the rows of this share take, whether written yet or not."
         return self.rows.numel() * self.rows.element_size()
 
-    def locate(self, index: torch.Tensor) -> torch.Tensor:
-        """The places of samples `index` [B] in `rows`, on the CPU.
+# %% ../nbs/06_store.ipynb #06-store-026b
+@patch
+def locate(self: EstimateStore, index: torch.Tensor) -> torch.Tensor:
+    """The places of samples `index` [B] in `rows`, on the CPU.
 
-        `ValueError` on a sample out of range or of another share.
-        """
-        index = torch.as_tensor(index).cpu()  # give it on the CPU: from a GPU this waits
-        if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"index has shape {tuple(index.shape)} and dtype {index.dtype}; expected [B], integers"
-            )
-        if len(index) and (index.min() < 0 or index.max() >= self.n):
-            raise ValueError(
-                f"index ranges over {index.min().item()}..{index.max().item()}; "
-                f"it must stay in 0..{self.n - 1}"
-            )
-        if (index % self.world != self.rank).any():
-            raise ValueError(
-                f"index has samples of another share; rank {self.rank} of {self.world} "
-                f"holds i with i % {self.world} = {self.rank}"
-            )
-        return index.long() // self.world
+    `ValueError` on a sample out of range or of another share.
+    """
+    index = torch.as_tensor(index).cpu()  # give it on the CPU: from a GPU this waits
+    if index.ndim != 1 or index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"index has shape {tuple(index.shape)} and dtype {index.dtype}; expected [B], integers"
+        )
+    if len(index) and (index.min() < 0 or index.max() >= self.n):
+        raise ValueError(
+            f"index ranges over {index.min().item()}..{index.max().item()}; it must stay in 0..{self.n - 1}"
+        )
+    if (index % self.world != self.rank).any():
+        raise ValueError(
+            f"index has samples of another share; rank {self.rank} of {self.world} "
+            f"holds i with i % {self.world} = {self.rank}"
+        )
+    return index.long() // self.world
 
 # %% ../nbs/06_store.ipynb #06-store-028
 @patch

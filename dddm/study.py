@@ -27,7 +27,7 @@ from .metrics import class_counts, copied_noise, energy_distance, measure, memor
 from .objectives import OBJECTIVES, Batch, estimate_of, needs_store, network_estimate
 from .passes import load_images, open_distance, open_store
 from .pictures import COLOURS
-from .presets import CONSISTENCY, FEW_STEPS, PRESETS, one_step, preset
+from .presets import PRESETS, one_step, preset
 from .runs import history, load, newest_checkpoint, step_of
 from .sampling import SAMPLERS, check_tolerance, draws, sample, step_counts, times_down
 from .store import CHECKSUM, whole_file, with_checksum, without_checksum
@@ -326,11 +326,12 @@ class Variant:
     sets: tuple = ()  # names of the sets that it belongs to
 
 # %% ../nbs/12_study.ipynb #12-study-022
+CONSISTENCY = dict(level_distribution="rising", lr_decay=0.5, drop_last=True)
+
+
 def recipe_settings(preset_name: str) -> dict:
-    "What the preset's namesake `…-consistency`, or else the consistency recipe, sets beside the objective."
-    wanted = ("level_distribution", "levels", "drop_last", "lr", "lr_decay")
-    fields = PRESETS.get(f"{preset_name}-consistency", CONSISTENCY)
-    return {name: fields[name] for name in wanted if name in fields}
+    "`CONSISTENCY` and 0.6 of the preset's rate: what goes with the objective `consistency`."
+    return CONSISTENCY | dict(lr=round(0.6 * preset(preset_name).lr, 12))
 
 
 def without(fields: dict, *names: str) -> dict:
@@ -340,10 +341,9 @@ def without(fields: dict, *names: str) -> dict:
 def objective_variants(preset_name: str) -> list[Variant]:
     "Objectives, estimates and baselines."
     rising = recipe_settings(preset_name)
-    falling = {name: rising[name] for name in ("lr", "lr_decay") if name in rising}
-    few_steps = {**without(rising, "level_distribution", "levels"), **without(FEW_STEPS, "sampler")}
-    every_row = without(rising, "drop_last")
+    falling = {name: rising[name] for name in ("lr", "lr_decay")}
     lognormal = dict(level_distribution="lognormal")
+    few_steps, every_row = rising | lognormal, without(rising, "drop_last")
     square = dict(distance="squared_l2", c=0.0)
     # fmt: off
     table = [
@@ -430,7 +430,7 @@ def recipe_variants(preset_name: str) -> list[Variant]:
     recipe = recipe_settings(preset_name)
     rates = {
         "constant": dict(lr=preset(preset_name).lr, lr_decay=0.0),
-        "falling": {name: recipe[name] for name in ("lr", "lr_decay") if name in recipe},
+        "falling": {name: recipe[name] for name in ("lr", "lr_decay")},
     }
     variants = []
     for levels in ("lognormal", "rising"):
@@ -460,7 +460,7 @@ def one_step_variants(preset_name: str) -> list[Variant]:
     fields, rising = PRESETS[preset_name], recipe_settings(preset_name)
     flow = PRESETS.get(f"{preset_name}-one-step") or one_step(fields)
     flow = {k: v for k, v in flow.items() if fields.get(k) != v}
-    few_steps = without(rising, "level_distribution", "levels") | without(FEW_STEPS, "sampler")
+    few_steps = rising | dict(level_distribution="lognormal")
     shrinking = dict(level_distribution="shrinking", lr_decay=0.5, drop_last=True)
     improved = dict(objective="improved_consistency")
     # fmt: off
@@ -477,8 +477,8 @@ def one_step_variants(preset_name: str) -> list[Variant]:
 
 def scaling_variants(preset_name: str) -> list[Variant]:
     "What consistency's network is told: the data's size, and the time as a step or as an angle."
-    few_steps = without(recipe_settings(preset_name), "level_distribution", "levels")
-    fields = dict(objective="improved_consistency") | few_steps | without(FEW_STEPS, "sampler")
+    fields = dict(objective="improved_consistency") | recipe_settings(preset_name)
+    fields |= dict(level_distribution="lognormal")
     changes = {
         "as it is": {},
         "sigma_data = 0.5": dict(sigma_data=0.5),

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -558,57 +559,61 @@ class UNet(nn.Module):
         self.shape, self.classes, self.recompute = tuple(shape), classes, False
         self.assemble()
 
-    def assemble(self) -> None:
-        "Make all layers; the order decides which random numbers each one's weights get."
-        shape, base, blocks, groups = (self.config[k] for k in ("shape", "base", "blocks", "groups"))
-        channels = [base * m for m in self.config["multipliers"]]
-        last = len(channels) - 1
-        self.embedding = Embedding(base, 4 * base, self.classes, self.config["time"])
-        self.stem = nn.Conv2d(shape[0], base, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        c, skips = base, [base]  # channels of the signal, and of each activation kept for the way up
-        for i, width in enumerate(channels):
-            self.down.append(build_stage(self.config, i, [c] + [width] * (blocks - 1), up=False))
-            c, skips = width, skips + [width] * (blocks + (i < last))
-        middle = [build_block(self.config, last, c, False, attends) for attends in (True, False)]
-        self.middle = nn.ModuleList(middle)
-        for i in reversed(range(last + 1)):
-            inputs = [width + skips.pop() for width in [c] + [channels[i]] * blocks]
-            self.up.append(build_stage(self.config, i, inputs, up=True))
-            c = channels[i]
-        out = zero(nn.Conv2d(c, shape[0], 3, padding=1))
-        self.head = nn.Sequential(group_norm(c, groups), nn.SiLU(), out)
-        for number, m in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
-            m.number = number
+# %% ../nbs/05_unet.ipynb #05-unet-042b
+@patch
+def assemble(self: UNet) -> None:
+    "Make all layers; the order decides which random numbers each one's weights get."
+    shape, base, blocks, groups = (self.config[k] for k in ("shape", "base", "blocks", "groups"))
+    channels = [base * m for m in self.config["multipliers"]]
+    last = len(channels) - 1
+    self.embedding = Embedding(base, 4 * base, self.classes, self.config["time"])
+    self.stem = nn.Conv2d(shape[0], base, 3, padding=1)
+    self.down, self.up = nn.ModuleList(), nn.ModuleList()
+    c, skips = base, [base]  # channels of the signal, and of each activation kept for the way up
+    for i, width in enumerate(channels):
+        self.down.append(build_stage(self.config, i, [c] + [width] * (blocks - 1), up=False))
+        c, skips = width, skips + [width] * (blocks + (i < last))
+    middle = [build_block(self.config, last, c, False, attends) for attends in (True, False)]
+    self.middle = nn.ModuleList(middle)
+    for i in reversed(range(last + 1)):
+        inputs = [width + skips.pop() for width in [c] + [channels[i]] * blocks]
+        self.up.append(build_stage(self.config, i, inputs, up=True))
+        c = channels[i]
+    out = zero(nn.Conv2d(c, shape[0], 3, padding=1))
+    self.head = nn.Sequential(group_norm(c, groups), nn.SiLU(), out)
+    for number, m in enumerate(m for m in self.modules() if isinstance(m, Dropout)):
+        m.number = number
 
-    def forward(self, x_t, t, x0_estimate, label=None, span=None) -> torch.Tensor:
-        """F_θ, shaped like x_t. x_t, x0_estimate [B, C, R, R]; t [B], as `time` says: long 0..T, or an angle.
+# %% ../nbs/05_unet.ipynb #05-unet-042c
+@patch
+def forward(self: UNet, x_t, t, x0_estimate, label=None, span=None) -> torch.Tensor:
+    """F_θ, shaped like x_t. x_t, x0_estimate [B, C, R, R]; t [B], as `time` says: long 0..T, or an angle.
 
-        label: long [B] in 0..classes-1, or -1 for none; None in an unconditional network. span: [B], for
-        time="interval". `ValueError` on what does not fit.
-        """
-        check_call(self, x_t, t, x0_estimate, label, span)
-        e, estimate = self.embedding(t, label, span), x0_estimate
-        call = lambda block, *inputs: block(*inputs)
-        if self.recompute and torch.is_grad_enabled():
-            call = partial(checkpoint, use_reentrant=False)
-        layout = torch.channels_last if x_t.is_cuda else torch.contiguous_format
-        h = self.stem(x_t.contiguous(memory_format=layout))
-        skips = [h]
-        for stage in self.down:
-            for block in stage.blocks:
-                skips.append(h := call(block, h, e, estimate))
-            if stage.resample is not None:
-                skips.append(h := stage.resample(h))
-        for block in self.middle:
-            h = call(block, h, e, estimate)
-        for stage in self.up:
-            for block in stage.blocks:
-                h = call(block, torch.cat([h, skips.pop()], 1), e, estimate)
-            if stage.resample is not None:
-                h = stage.resample(h)
-        with full_precision(h):
-            return self.head(h.float()).to(x_t.dtype)
+    label: long [B] in 0..classes-1, or -1 for none; None in an unconditional network. span: [B], for
+    time="interval". `ValueError` on what does not fit.
+    """
+    check_call(self, x_t, t, x0_estimate, label, span)
+    e, estimate = self.embedding(t, label, span), x0_estimate
+    call = lambda block, *inputs: block(*inputs)
+    if self.recompute and torch.is_grad_enabled():
+        call = partial(checkpoint, use_reentrant=False)
+    layout = torch.channels_last if x_t.is_cuda else torch.contiguous_format
+    h = self.stem(x_t.contiguous(memory_format=layout))
+    skips = [h]
+    for stage in self.down:
+        for block in stage.blocks:
+            skips.append(h := call(block, h, e, estimate))
+        if stage.resample is not None:
+            skips.append(h := stage.resample(h))
+    for block in self.middle:
+        h = call(block, h, e, estimate)
+    for stage in self.up:
+        for block in stage.blocks:
+            h = call(block, torch.cat([h, skips.pop()], 1), e, estimate)
+        if stage.resample is not None:
+            h = stage.resample(h)
+    with full_precision(h):
+        return self.head(h.float()).to(x_t.dtype)
 
 # %% ../nbs/05_unet.ipynb #05-unet-051
 def describe(net: UNet) -> dict[str, int]:

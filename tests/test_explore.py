@@ -143,7 +143,7 @@ def test_a_model_of_few_steps_is_shown_by_its_own_sampler():
 
     Then a model that iterates goes to the end again.
     """
-    explorer = explore.StepExplorer("digits-few-steps", n=4).wait()
+    explorer = explore.StepExplorer(random_model("improved_consistency"), n=4).wait()
     assert (
         explorer.trajectory.sampler == "renoise" and explorer.progress.value == explorer.progress.max == 100
     )
@@ -309,7 +309,8 @@ def test_a_broken_model_leaves_the_other_row_alone(tmp_path):
 
 def test_curves_of_a_class_are_not_compared_with_all_digits():
     "FD-digits stands only where the images are of all classes; the other curves always."
-    model = Pretrained.from_pretrained("digits-consistency")
+    settings = presets.preset("digits", classes=10)
+    model = Pretrained(config.build(settings).eval(), settings)
     every, fours = (explore.Trajectory(model, n=66, label=label, steps=2).run() for label in (None, 4))
     titles = [list(explore.curves(t, digits())) for t in (every, fours)]
     assert titles[0] == titles[1] + ["FD-digits, 66 images"] and len(titles[1]) == 2

@@ -267,16 +267,15 @@ def test_study_refuses_before_any_work(root, tmp_path, parameters, message):
 
 
 def test_a_preset_brings_its_objective(root, tmp_path):
-    """`-p preset digits-consistency` is all that the README says.
+    """`-p preset digits-one-step` is all that it takes.
 
-    The objective is the preset's, and a model with classes is sampled with them.
+    The objective is the preset's.
     """
     done = papermill(
         root,
         "train.ipynb",
         tmp_path / "out.ipynb",
-        f"preset: digits-consistency, out: {tmp_path / 'run'}, {SMALL}",
+        f"preset: digits-one-step, out: {tmp_path / 'run'}, {SMALL}",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["objective"] == "consistency"
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["classes"] == 10
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["objective"] == "meanflow"

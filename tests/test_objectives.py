@@ -662,7 +662,7 @@ def test_two_angles_are_drawn_as_said():
 
 @pytest.mark.parametrize("guidance, derivative", [(1.0, "jvp"), (2.0, "difference"), (2.0, "jvp")])
 def test_meanflow_row_by_row(guidance, derivative):
-    "The derivative along the path by central differences, the guided velocity by its formula."
+    "The derivative along the network's path by central differences, the guided velocity by its formula."
     model, batch = meanflow_model()
     batch = dataclasses.replace(batch, guidance=guidance, label_dropout=0.3, derivative=derivative)
     value = objective_value("meanflow", model, distance("squared_l2"), batch)
@@ -678,7 +678,8 @@ def test_meanflow_row_by_row(guidance, derivative):
         with torch.no_grad():
             if guidance != 1 and not hidden:
                 v = guidance * v + (1 - guidance) * u(x, angle, angle, torch.tensor([-1]))
-            change = (u(x + h * v, angle + h, below, label) - u(x - h * v, angle - h, below, label)) / (2 * h)
+            w = u(x, angle, angle, label)  # the network's own velocity: where the path goes
+            change = (u(x + h * w, angle + h, below, label) - u(x - h * w, angle - h, below, label)) / (2 * h)
             target = v - (angle - below) * change
             expected = (u(x, angle, below, label) - target).square().sum()
         assert value.loss[i].item() == pytest.approx(expected.item(), rel=2e-3), i

@@ -102,7 +102,7 @@ def test_a_damaged_or_missing_shipped_model_is_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="model.safetensors is missing: install dddm again"):
         Pretrained.from_pretrained(name)
     shutil.rmtree(tmp_path / name)
-    shutil.copytree(shipped.with_name("digits-few-steps"), tmp_path / name)
+    shutil.copytree(shipped.with_name("mnist-one-step"), tmp_path / name)
     with pytest.raises(ValueError, match="not the model that belongs to this version"):
         Pretrained.from_pretrained(name)
 
@@ -116,10 +116,10 @@ def test_the_shell_draws_a_grid_or_a_folder(run, folder, tmp_path, capsys):
         zoo.main([source, "--n", "4", "--out", str(tmp_path / "grid.png")])
         assert "4 images of 8x8, 1 step by iterate, seed 0: a grid in" in capsys.readouterr().out
         assert Image.open(tmp_path / "grid.png").size == (2 * 48 + 18, 2 * 48 + 18)
-    arguments = ["digits-few-steps", "--n", "3", "--steps", "2", "--label", "7", "--seed", "5"]
+    arguments = ["mnist-one-step", "--n", "3", "--steps", "2", "--label", "7", "--seed", "5"]
     zoo.main([*arguments, "--out", str(tmp_path / "sevens")])
     assert sorted(p.name for p in (tmp_path / "sevens").iterdir()) == [f"{i:06}.png" for i in range(3)]
-    expected = sample(Pretrained.from_pretrained("digits-few-steps"), 3, 2, seed=5, label=7)
+    expected = sample(Pretrained.from_pretrained("mnist-one-step"), 3, 2, seed=5, label=7)
     drawn = [
         torch.tensor(np.asarray(Image.open(p)).flatten()) for p in sorted((tmp_path / "sevens").iterdir())
     ]
@@ -128,7 +128,7 @@ def test_the_shell_draws_a_grid_or_a_folder(run, folder, tmp_path, capsys):
         ([*arguments, "--out", str(tmp_path / "sevens")], "sevens: holds other files"),
         ([*arguments, "--out", str(tmp_path / "x.jpg")], "must end in .png"),
         ([*arguments, "--out", str(tmp_path / "no" / "x.png")], "there is no folder"),
-        (["digits-few-steps", "--label", "10", "--out", str(tmp_path / "x.png")], "classes are 0..9"),
+        (["mnist-one-step", "--label", "10", "--out", str(tmp_path / "x.png")], "classes are 0..9"),
         (["digits-paper", "--label", "1", "--out", str(tmp_path / "x.png")], "model is unconditional"),
         (["digits-paper", "--n", "0", "--out", str(tmp_path / "x.png")], "n=0: must be"),
         (["digits-papr", "--out", str(tmp_path / "x.png")], "the shipped ones are"),
@@ -216,9 +216,9 @@ def test_a_pretrained_model_answers_like_what_it_was_made_of(objective, tmp_path
 
 
 def test_an_export_takes_the_place_of_an_export_alone(run, folder, tmp_path):
-    model = Pretrained.from_pretrained("digits-few-steps")
+    model = Pretrained.from_pretrained("mnist-one-step")
     model.save_pretrained(folder)
-    assert about(folder)["sha256"] == SHIPPED["digits-few-steps"]
+    assert about(folder)["sha256"] == SHIPPED["mnist-one-step"]
     (tmp_path / "empty").mkdir()
     model.save_pretrained(tmp_path / "empty")
     assert content(tmp_path / "empty") == content(folder)
@@ -239,7 +239,7 @@ def test_an_export_takes_the_place_of_an_export_alone(run, folder, tmp_path):
 
 
 def test_a_failure_while_writing_leaves_the_export_that_was(folder, monkeypatch):
-    before, model = content(folder), Pretrained.from_pretrained("digits-few-steps")
+    before, model = content(folder), Pretrained.from_pretrained("mnist-one-step")
     for name in ("model_card", "fsync"):
         with monkeypatch.context() as patched, pytest.raises(OSError, match="full"):
             patched.setattr(zoo, name, lambda *_: (_ for _ in ()).throw(OSError("disk full")))

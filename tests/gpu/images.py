@@ -45,9 +45,9 @@ if cuda and not job.options.data:
 def configuration(compile):
     "The recommended preset with a network whose weights come back; dry: that of digits, unlabelled."
     if not cuda:
-        return preset("digits-consistency", classes=None, batch=64, device="cpu", sample_every=0)
+        return preset("digits-one-step", batch=64, device="cpu", sample_every=0)
     return preset(
-        "cifar10-consistency",
+        "cifar10-one-step",
         data_path=job.options.data,
         net=NET,
         batch=512,
