@@ -214,7 +214,7 @@ SHIPPED = {  # name: sha256 of model.safetensors
     "digits-paper": "d8879e09cbe2b314bf1089a9f10d549cb158ed3275bd2eaae8971a4ad3ea1701",
     "digits-one-step": "67dc606b54949914683e7209a0cd3817dd3f69b70169eaa975dc36f1da5249d0",
     "mnist-paper": "ed523f6a172b1a95d527de7d8d0955366f8bb00953097d6ffe5575ace11b48b2",
-    "mnist-one-step": "98b3f9ffed0f361e5a1bf60b35b27257d01321ffef2936f597a7f91d4d00ab5f",
+    "mnist-one-step": "8bec89fcb9813c4712ca727cf05f3ee6a5ef69100e72ac822b31ae0acdb406d9",
 }
 
 # %% ../nbs/11a_zoo.ipynb #11a-zoo-015
