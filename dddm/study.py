@@ -774,7 +774,10 @@ class VariantFile:
         self.rows, self.provenance = [Row(*values) for values in kept["rows"]], kept["provenance"]
 
     def refuse_another_request(self, there: dict) -> None:
-        changed = {k: (there.get(k), v) for k, v in self.asked.items() if there.get(k) != v}
+        flat = lambda request: without(request, "config") | request["config"]
+        now, defaults = flat(self.asked), TrainConfig().to_dict()  # for fields that are newer than the file
+        before = {k: defaults.get(k) for k in now} | flat(there)
+        changed = {k: (before[k], v) for k, v in now.items() if before[k] != v}
         if changed:
             differ = "; ".join(f"{k}: {before!r} there, {now!r} here" for k, (before, now) in changed.items())
             raise ValueError(

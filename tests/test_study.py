@@ -1,6 +1,7 @@
 "Studies at a size of seconds: what they measure, what a kill loses (nothing), and what they refuse."
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -152,8 +153,20 @@ def test_another_request_is_refused(finished):
     whole, _ = finished
     with pytest.raises(ValueError, match="n: 40 there, 32 here.*choose another `out`"):
         replace(whole, n=32).run()
-    with pytest.raises(ValueError, match="was made otherwise"):
+    with pytest.raises(ValueError, match=r"was made otherwise \(epochs: 2 there, 3 here\)"):
         replace(whole, epochs=3).run()
+
+
+def test_files_of_before_a_field_existed_are_read(finished, tmp_path):
+    "A field that the configuration got later counts with its default."
+    whole, found = finished
+    shutil.copytree(whole.out, tmp_path / "old")
+    for path in (tmp_path / "old").glob("*.json"):
+        kept = json.loads(path.read_text())
+        del kept["request"]["config"]["sigma_data"]
+        rows = [study_room.Row(*values) for values in kept["rows"]]
+        study_room.write_rows(path, rows, dict(request=kept["request"]), dict(provenance=kept["provenance"]))
+    assert set(replace(whole, out=tmp_path / "old").gather(tmp_path / "again.json").rows) == set(found.rows)
 
 
 def test_gather_of_nothing(tmp_path):
