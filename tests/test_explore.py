@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dddm import config, explore, presets, runs, training
+from dddm import config, explore, presets, runs, training, trajectories
 from dddm.data import digits
 from dddm.model import DDDM
 from dddm.pictures import PALETTE, grid
@@ -85,8 +85,8 @@ def told(explorer, row=0):
 
 
 def test_trajectory_of_a_known_map(monkeypatch):
-    monkeypatch.setattr(explore, "BATCH", 2)
-    t = explore.Trajectory(halving(), n=5, steps=30, dtype=torch.float32).run()
+    monkeypatch.setattr(trajectories, "BATCH", 2)
+    t = trajectories.Trajectory(halving(), n=5, steps=30, dtype=torch.float32).run()
     for s in t.steps:
         torch.testing.assert_close(t.samples(s), t.x0 / 2**s)
     norm = t.x0.flatten(1).norm(dim=1).mean().item()
@@ -107,9 +107,9 @@ def test_trajectory_of_another_sampler(sampler, monkeypatch):
     model = DDDM(Halving(), VPSchedule())
     model.net.forward = f
     model.sampler = sampler
-    monkeypatch.setattr(explore, "BATCH", 2)
-    t = explore.Trajectory(model, n=5, dtype=torch.float32).run()
-    assert t.steps == explore.log_steps(100) and t.done == 100 and torch.equal(t.samples(0), t.x_T)
+    monkeypatch.setattr(trajectories, "BATCH", 2)
+    t = trajectories.Trajectory(model, n=5, dtype=torch.float32).run()
+    assert t.steps == trajectories.log_steps(100) and t.done == 100 and torch.equal(t.samples(0), t.x_T)
     if sampler == "ddim":
         for s in (1, 3, 100):
             torch.testing.assert_close(
@@ -117,10 +117,11 @@ def test_trajectory_of_another_sampler(sampler, monkeypatch):
             )
     monkeypatch.undo()
     torch.testing.assert_close(
-        explore.Trajectory(model, n=3, steps=7, dtype=torch.float32).run().samples(7), t.samples(7)[:3]
+        trajectories.Trajectory(model, n=3, steps=7, dtype=torch.float32).run().samples(7), t.samples(7)[:3]
     )
     assert not torch.allclose(
-        t.samples(7), explore.Trajectory(model, n=5, steps=7, dtype=torch.float32, seed=1).run().samples(7)
+        t.samples(7),
+        trajectories.Trajectory(model, n=5, steps=7, dtype=torch.float32, seed=1).run().samples(7),
     )
     moved = [
         (t.samples(b) - t.samples(a)).flatten(1).norm(dim=1).mean().item()
@@ -134,7 +135,7 @@ def test_trajectory_of_another_sampler(sampler, monkeypatch):
         (dict(steps=[0, 5, 5]), "ascending"),
     ):
         with pytest.raises(ValueError, match=words):
-            explore.Trajectory(model, **wrong)
+            trajectories.Trajectory(model, **wrong)
 
 
 @pytest.mark.slow
@@ -168,19 +169,19 @@ def test_a_model_of_few_steps_is_shown_by_its_own_sampler():
 
 
 def test_log_steps():
-    assert explore.log_steps(1) == [0, 1] and explore.log_steps(7) == list(range(8))
+    assert trajectories.log_steps(1) == [0, 1] and trajectories.log_steps(7) == list(range(8))
     for last in (10, 99, 1000, 12345):
-        at = explore.log_steps(last)
+        at = trajectories.log_steps(last)
         assert at[:3] == [0, 1, 2] and at[-1] == last and at == sorted(set(at)) and len(at) < 95
         assert {s for s in (5, 10, 20, 50, 100, 1000) if s <= last} <= set(at)
 
 
 def test_more_images_than_memory_allows():
     model = halving()
-    each = explore.Trajectory(model, 1).nbytes
-    assert explore.Trajectory(model, 10, memory=10 * each).nbytes == 10 * each
+    each = trajectories.Trajectory(model, 1).nbytes
+    assert trajectories.Trajectory(model, 10, memory=10 * each).nbytes == 10 * each
     with pytest.raises(ValueError, match="at most 9 fit"):
-        explore.Trajectory(model, 10, memory=10 * each - 1)
+        trajectories.Trajectory(model, 10, memory=10 * each - 1)
     explorer = explore.StepExplorer(model, n=10, memory=10 * each - 1).wait()
     assert "at most 9 fit" in told(explorer) and explorer.trajectory is None
     explorer.n.value = 9
@@ -190,7 +191,7 @@ def test_more_images_than_memory_allows():
 def test_kept_trajectories_stay_within_the_bound():
     model = halving()
     explorer = explore.StepExplorer(
-        model, n=4, steps=10, memory=3.5 * explore.Trajectory(model, 4, steps=10).nbytes
+        model, n=4, steps=10, memory=3.5 * trajectories.Trajectory(model, 4, steps=10).nbytes
     )
     first = explorer.wait().trajectory
     for seed in (1, 2, 3):
@@ -256,7 +257,7 @@ def test_rows_of_mnist_start_from_the_same_noise(monkeypatch):
 
     The number in a frame is that of its picture, also where a row ends before the slider does.
     """
-    monkeypatch.setitem(explore.LONGEST, "meanflow", 10)
+    monkeypatch.setitem(trajectories.LONGEST, "meanflow", 10)
     models = random_model("meanflow"), random_model("paper")
     explorer = explore.StepExplorer(*models, n=4, seed=3, steps=20).wait()
     flow, iterated = (row.trajectory for row in explorer.rows)
@@ -311,14 +312,14 @@ def test_curves_of_a_class_are_not_compared_with_all_digits():
     "FD-digits stands only where the images are of all classes; the other curves always."
     settings = presets.preset("digits", classes=10)
     model = Pretrained(config.build(settings).eval(), settings)
-    every, fours = (explore.Trajectory(model, n=66, label=label, steps=2).run() for label in (None, 4))
-    titles = [list(explore.curves(t, digits())) for t in (every, fours)]
+    every, fours = (trajectories.Trajectory(model, n=66, label=label, steps=2).run() for label in (None, 4))
+    titles = [list(trajectories.curves(t, digits())) for t in (every, fours)]
     assert titles[0] == titles[1] + ["FD-digits, 66 images"] and len(titles[1]) == 2
 
 
 def test_two_lines_never_have_the_same_colour():
     models = [Pretrained.from_pretrained("digits-paper"), random_model("paper"), halving()]
-    colours = explore.line_colours(models)
+    colours = trajectories.line_colours(models)
     assert len(set(colours)) == 3 and colours[0] == PALETTE["paper"]
 
 
@@ -333,14 +334,14 @@ def test_only_what_was_asked_for_last_is_shown():
         list(explorer.wait().cache) == [(explorer.rows[0].model.value, 5, 2, None)]
         and explorer.trajectory.done == 500
     )
-    assert torch.equal(explorer.trajectory.x_T, explore.Trajectory(halving(), 2, 5).x_T)
+    assert torch.equal(explorer.trajectory.x_T, trajectories.Trajectory(halving(), 2, 5).x_T)
     explorer.close()
 
 
 def test_a_number_typed_beside_the_slider_becomes_the_nearest_kept_step():
     explorer = explore.StepExplorer(halving(), n=2, steps=200).wait()
     explorer.go_to.value = 57
-    kept = explore.log_steps(200)
+    kept = trajectories.log_steps(200)
     assert explorer.step.value == explorer.go_to.value == min(
         kept, key=lambda s: abs(s - 57)
     ) and f"after {explorer.step.value} steps" in told(explorer)
@@ -362,7 +363,7 @@ def test_while_computing_the_last_computed_step_is_drawn():
 @pytest.mark.parametrize("model, n", [("digits-paper", 16), (DDDM(Halving((3, 32, 32)), VPSchedule()), 64)])
 def test_a_redraw_takes_less_than_a_tenth_of_a_second(model, n):
     explorer, times = explore.StepExplorer(model, n=n, steps=20).wait(), []
-    for s in 2 * explore.log_steps(20):
+    for s in 2 * trajectories.log_steps(20):
         began = time.perf_counter()
         explorer.step.value = s
         times.append(time.perf_counter() - began)
@@ -381,7 +382,7 @@ def test_a_notebook_shows_the_box_and_figures_without_pyplot():
     assert shown["text/plain"].startswith("StepExplorer: run this cell")
     assert {explorer.step, explorer.rows[0].frame.html} <= everything(explorer.box)
     explorer.close()
-    with Image.open(io.BytesIO(explore.new_figure(2, 1)._repr_png_())) as picture:
+    with Image.open(io.BytesIO(trajectories.new_figure(2, 1)._repr_png_())) as picture:
         assert picture.size == (160, 80)
 
 
@@ -398,7 +399,7 @@ def test_runs_are_found_and_opened(run):
     assert str(run) in [value for _, value in explorer.rows[0].model.options]
     explorer.rows[0].model.value = str(run)
     assert torch.equal(
-        explorer.wait().trajectory.frames, explore.Trajectory(runs.load(run), 2, steps=3).run().frames
+        explorer.wait().trajectory.frames, trajectories.Trajectory(runs.load(run), 2, steps=3).run().frames
     )
     assert explore.StepExplorer(run, n=2, steps=3, runs=()).wait().trajectory is not None
 
@@ -484,7 +485,7 @@ def test_points_of_a_model_that_walks_down_the_schedule():
     explorer.step.value = 1000
     assert "after 100 steps" in told(explorer) and "up to 100 steps" in told(explorer)
     with pytest.raises(ValueError, match="run.. it first"):
-        explore.Trajectory(model, 5).moves()
+        trajectories.Trajectory(model, 5).moves()
 
 
 # Figures and files
@@ -493,17 +494,17 @@ def test_points_of_a_model_that_walks_down_the_schedule():
 def test_figures_are_matplotlib_figures():
     from matplotlib.figure import Figure
 
-    t = explore.Trajectory(Pretrained.from_pretrained("digits-paper"), n=66, steps=5).run()
-    figure = explore.steps_figure(t, steps=(1, 5), data=digits())
+    t = trajectories.Trajectory(Pretrained.from_pretrained("digits-paper"), n=66, steps=5).run()
+    figure = trajectories.steps_figure(t, steps=(1, 5), data=digits())
     assert isinstance(figure, Figure) and len(figure.axes) == 5 and "FD-digits" in figure.axes[-1].get_title()
     assert isinstance(explore.distance_figure(100, 0.1), Figure)
     with pytest.raises(ValueError, match="step=3 is not computed"):
-        explore.steps_figure(explore.Trajectory(halving(), 2), steps=(3,))
+        trajectories.steps_figure(trajectories.Trajectory(halving(), 2), steps=(3,))
 
 
 def test_gif(tmp_path):
-    t = explore.Trajectory(halving(shape=(3, 8, 8)), n=3, steps=20).run()
-    with Image.open(explore.save_trajectory(t, tmp_path / "new" / "a.gif", images=2)) as gif:
+    t = trajectories.Trajectory(halving(shape=(3, 8, 8)), n=3, steps=20).run()
+    with Image.open(trajectories.save_trajectory(t, tmp_path / "new" / "a.gif", images=2)) as gif:
         assert gif.n_frames == len(t.steps) and gif.info["loop"] == 0
         stills = []
         for k in (0, 3, len(t.steps) - 1):
@@ -514,10 +515,10 @@ def test_gif(tmp_path):
     for wrong, words in (
         (dict(path=tmp_path / "a.png"), "must be .gif"),
         (dict(path=tmp_path / "b.gif", images=0), "images=0"),
-        (dict(path=tmp_path / "b.gif", trajectory=explore.Trajectory(halving(), 2)), "run.. it first"),
+        (dict(path=tmp_path / "b.gif", trajectory=trajectories.Trajectory(halving(), 2)), "run.. it first"),
     ):
         with pytest.raises(ValueError, match=words):
-            explore.save_trajectory(**(dict(trajectory=t) | wrong))
+            trajectories.save_trajectory(**(dict(trajectory=t) | wrong))
     assert not (tmp_path / "b.gif").exists()
 
 
