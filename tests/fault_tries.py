@@ -32,7 +32,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from dddm import data, evaluation, extractors, metrics, pictures, runs, study, tables, training, zoo
+from dddm import data, evaluation, extractors, metrics, pictures, results, runs, tables, training, zoo
 from dddm.config import TrainConfig
 from dddm.store import whole_file, with_checksum
 
@@ -629,7 +629,7 @@ def read_made_again(read):
 
 
 def study_rows(k: int) -> list:
-    return [study.Row("paper", 0, "ddim", s, None, "fd", s + k / 10, 100) for s in (1, 2, 5)]
+    return [results.Row("paper", 0, "ddim", s, None, "fd", s + k / 10, 100) for s in (1, 2, 5)]
 
 
 def write_kept_images(path, k):
@@ -650,8 +650,8 @@ KEPT = [
     ),
     Kept(
         "results of a study",
-        lambda path, k: study.save_rows(path, dict(seed=0), study_rows(k), dict(command="c")),
-        lambda path: study.load_rows(path),
+        lambda path, k: results.save_rows(path, dict(seed=0), study_rows(k), dict(command="c")),
+        lambda path: results.load_rows(path),
     ),
     Kept(
         "kept images",

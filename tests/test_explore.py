@@ -22,15 +22,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from small_models import Halving, halving, random_model
 
-from dddm import config, explore, presets, runs, training
+from dddm import explore, presets, runs, training, trajectories
 from dddm.data import digits
 from dddm.model import DDDM
-from dddm.pictures import PALETTE, grid
-from dddm.sampling import ddim, sample
+from dddm.sampling import sample
 from dddm.schedule import VPSchedule
-from dddm.zoo import Pretrained
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -43,22 +41,6 @@ def wait_for(what, check, seconds=120):
             return answer
         time.sleep(0.2)
     pytest.fail(f"waited {seconds} s for {what}")
-
-
-class Halving(nn.Module):
-    "f = half the estimate: a trajectory that is known. `seconds`: how long a step takes."
-
-    def __init__(self, shape=(1, 8, 8), seconds=0.0):
-        super().__init__()
-        self.shape, self.seconds, self.w = shape, seconds, nn.Parameter(torch.zeros(1))
-
-    def forward(self, x_t, t, estimate, label):
-        time.sleep(self.seconds)
-        return x_t - estimate / 2 + self.w
-
-
-def halving(**options):
-    return DDDM(Halving(**options), VPSchedule())
 
 
 @pytest.fixture(scope="module")
@@ -79,62 +61,6 @@ def run(tmp_path_factory):
 def told(explorer, row=0):
     "What the page says in the frame of a row, or in the only one: the sentence and the picture are one text."
     return (explorer.rows[row] if hasattr(explorer, "rows") else explorer).frame.html.value
-
-
-# Trajectories
-
-
-def test_trajectory_of_a_known_map(monkeypatch):
-    monkeypatch.setattr(explore, "BATCH", 2)
-    t = explore.Trajectory(halving(), n=5, steps=30, dtype=torch.float32).run()
-    for s in t.steps:
-        torch.testing.assert_close(t.samples(s), t.x0 / 2**s)
-    norm = t.x0.flatten(1).norm(dim=1).mean().item()
-    np.testing.assert_allclose(t.moved, [norm / 2**s for s in range(1, 31)], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("sampler", ["ddim", "renoise"])
-def test_trajectory_of_another_sampler(sampler, monkeypatch):
-    """Each kept number of steps is a run of its own from the same noise.
-
-    DDIM's are those of `ddim`; re-noised images of a longer list are the same as those of a shorter one, and
-    of a part of the batch.
-    """
-
-    def f(x_t, t, estimate, label):
-        return (0.9 - 0.5 * t.reshape(-1, 1, 1, 1) / 1000) * x_t - 0.05 * estimate  # its F
-
-    model = DDDM(Halving(), VPSchedule())
-    model.net.forward = f
-    model.sampler = sampler
-    monkeypatch.setattr(explore, "BATCH", 2)
-    t = explore.Trajectory(model, n=5, dtype=torch.float32).run()
-    assert t.steps == explore.log_steps(100) and t.done == 100 and torch.equal(t.samples(0), t.x_T)
-    if sampler == "ddim":
-        for s in (1, 3, 100):
-            torch.testing.assert_close(
-                t.samples(s), ddim(model, t.x_T, s, clamp=False, x0=t.x0), rtol=1e-4, atol=1e-5
-            )
-    monkeypatch.undo()
-    torch.testing.assert_close(
-        explore.Trajectory(model, n=3, steps=7, dtype=torch.float32).run().samples(7), t.samples(7)[:3]
-    )
-    assert not torch.allclose(
-        t.samples(7), explore.Trajectory(model, n=5, steps=7, dtype=torch.float32, seed=1).run().samples(7)
-    )
-    moved = [
-        (t.samples(b) - t.samples(a)).flatten(1).norm(dim=1).mean().item()
-        for a, b in itertools.pairwise(t.steps)
-    ]
-    np.testing.assert_allclose(t.moved[np.array(t.steps[1:]) - 1], moved, rtol=1e-5)
-    assert np.isnan(np.delete(t.moved, np.array(t.steps[1:]) - 1)).all()
-    for wrong, words in (
-        (dict(steps=2000), "has T=1000 times"),
-        (dict(steps=[1, 5]), "begins with 0"),
-        (dict(steps=[0, 5, 5]), "ascending"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            explore.Trajectory(model, **wrong)
 
 
 @pytest.mark.slow
@@ -167,20 +93,12 @@ def test_a_model_of_few_steps_is_shown_by_its_own_sampler():
     explorer.close()
 
 
-def test_log_steps():
-    assert explore.log_steps(1) == [0, 1] and explore.log_steps(7) == list(range(8))
-    for last in (10, 99, 1000, 12345):
-        at = explore.log_steps(last)
-        assert at[:3] == [0, 1, 2] and at[-1] == last and at == sorted(set(at)) and len(at) < 95
-        assert {s for s in (5, 10, 20, 50, 100, 1000) if s <= last} <= set(at)
-
-
 def test_more_images_than_memory_allows():
     model = halving()
-    each = explore.Trajectory(model, 1).nbytes
-    assert explore.Trajectory(model, 10, memory=10 * each).nbytes == 10 * each
+    each = trajectories.Trajectory(model, 1).nbytes
+    assert trajectories.Trajectory(model, 10, memory=10 * each).nbytes == 10 * each
     with pytest.raises(ValueError, match="at most 9 fit"):
-        explore.Trajectory(model, 10, memory=10 * each - 1)
+        trajectories.Trajectory(model, 10, memory=10 * each - 1)
     explorer = explore.StepExplorer(model, n=10, memory=10 * each - 1).wait()
     assert "at most 9 fit" in told(explorer) and explorer.trajectory is None
     explorer.n.value = 9
@@ -190,7 +108,7 @@ def test_more_images_than_memory_allows():
 def test_kept_trajectories_stay_within_the_bound():
     model = halving()
     explorer = explore.StepExplorer(
-        model, n=4, steps=10, memory=3.5 * explore.Trajectory(model, 4, steps=10).nbytes
+        model, n=4, steps=10, memory=3.5 * trajectories.Trajectory(model, 4, steps=10).nbytes
     )
     first = explorer.wait().trajectory
     for seed in (1, 2, 3):
@@ -242,21 +160,12 @@ def test_what_is_kept_are_numbers_not_figures():
 # Several models
 
 
-def random_model(objective):
-    "A network for MNIST with random weights, told the class, and opened as a shipped one is."
-    estimate = [] if objective == "meanflow" else [14]
-    net = dict(base=16, multipliers=[1, 1], attention=[], estimate=estimate)
-    settings = presets.preset("mnist", objective=objective, classes=10, net=net)
-    torch.manual_seed(0)
-    return Pretrained(config.build(settings).eval(), settings)
-
-
 def test_rows_of_mnist_start_from_the_same_noise(monkeypatch):
     """MeanFlow and the paper's objective, 28x28, told the classes: a row is what `sample` makes of the seed.
 
     The number in a frame is that of its picture, also where a row ends before the slider does.
     """
-    monkeypatch.setitem(explore.LONGEST, "meanflow", 10)
+    monkeypatch.setitem(trajectories.LONGEST, "meanflow", 10)
     models = random_model("meanflow"), random_model("paper")
     explorer = explore.StepExplorer(*models, n=4, seed=3, steps=20).wait()
     flow, iterated = (row.trajectory for row in explorer.rows)
@@ -307,21 +216,6 @@ def test_a_broken_model_leaves_the_other_row_alone(tmp_path):
     explorer.close()
 
 
-def test_curves_of_a_class_are_not_compared_with_all_digits():
-    "FD-digits stands only where the images are of all classes; the other curves always."
-    settings = presets.preset("digits", classes=10)
-    model = Pretrained(config.build(settings).eval(), settings)
-    every, fours = (explore.Trajectory(model, n=66, label=label, steps=2).run() for label in (None, 4))
-    titles = [list(explore.curves(t, digits())) for t in (every, fours)]
-    assert titles[0] == titles[1] + ["FD-digits, 66 images"] and len(titles[1]) == 2
-
-
-def test_two_lines_never_have_the_same_colour():
-    models = [Pretrained.from_pretrained("digits-paper"), random_model("paper"), halving()]
-    colours = explore.line_colours(models)
-    assert len(set(colours)) == 3 and colours[0] == PALETTE["paper"]
-
-
 # The widget
 
 
@@ -333,14 +227,14 @@ def test_only_what_was_asked_for_last_is_shown():
         list(explorer.wait().cache) == [(explorer.rows[0].model.value, 5, 2, None)]
         and explorer.trajectory.done == 500
     )
-    assert torch.equal(explorer.trajectory.x_T, explore.Trajectory(halving(), 2, 5).x_T)
+    assert torch.equal(explorer.trajectory.x_T, trajectories.Trajectory(halving(), 2, 5).x_T)
     explorer.close()
 
 
 def test_a_number_typed_beside_the_slider_becomes_the_nearest_kept_step():
     explorer = explore.StepExplorer(halving(), n=2, steps=200).wait()
     explorer.go_to.value = 57
-    kept = explore.log_steps(200)
+    kept = trajectories.log_steps(200)
     assert explorer.step.value == explorer.go_to.value == min(
         kept, key=lambda s: abs(s - 57)
     ) and f"after {explorer.step.value} steps" in told(explorer)
@@ -362,7 +256,7 @@ def test_while_computing_the_last_computed_step_is_drawn():
 @pytest.mark.parametrize("model, n", [("digits-paper", 16), (DDDM(Halving((3, 32, 32)), VPSchedule()), 64)])
 def test_a_redraw_takes_less_than_a_tenth_of_a_second(model, n):
     explorer, times = explore.StepExplorer(model, n=n, steps=20).wait(), []
-    for s in 2 * explore.log_steps(20):
+    for s in 2 * trajectories.log_steps(20):
         began = time.perf_counter()
         explorer.step.value = s
         times.append(time.perf_counter() - began)
@@ -381,8 +275,12 @@ def test_a_notebook_shows_the_box_and_figures_without_pyplot():
     assert shown["text/plain"].startswith("StepExplorer: run this cell")
     assert {explorer.step, explorer.rows[0].frame.html} <= everything(explorer.box)
     explorer.close()
-    with Image.open(io.BytesIO(explore.new_figure(2, 1)._repr_png_())) as picture:
-        assert picture.size == (160, 80)
+    for figure, size in (
+        (trajectories.new_figure(2, 1), (160, 80)),
+        (explore.distance_figure(100, 0.1), (640, 312)),
+    ):
+        with Image.open(io.BytesIO(figure._repr_png_())) as picture:
+            assert picture.size == size
 
 
 def test_python_ends_while_a_trajectory_is_computed():
@@ -398,7 +296,7 @@ def test_runs_are_found_and_opened(run):
     assert str(run) in [value for _, value in explorer.rows[0].model.options]
     explorer.rows[0].model.value = str(run)
     assert torch.equal(
-        explorer.wait().trajectory.frames, explore.Trajectory(runs.load(run), 2, steps=3).run().frames
+        explorer.wait().trajectory.frames, trajectories.Trajectory(runs.load(run), 2, steps=3).run().frames
     )
     assert explore.StepExplorer(run, n=2, steps=3, runs=()).wait().trajectory is not None
 
@@ -484,41 +382,7 @@ def test_points_of_a_model_that_walks_down_the_schedule():
     explorer.step.value = 1000
     assert "after 100 steps" in told(explorer) and "up to 100 steps" in told(explorer)
     with pytest.raises(ValueError, match="run.. it first"):
-        explore.Trajectory(model, 5).moves()
-
-
-# Figures and files
-
-
-def test_figures_are_matplotlib_figures():
-    from matplotlib.figure import Figure
-
-    t = explore.Trajectory(Pretrained.from_pretrained("digits-paper"), n=66, steps=5).run()
-    figure = explore.steps_figure(t, steps=(1, 5), data=digits())
-    assert isinstance(figure, Figure) and len(figure.axes) == 5 and "FD-digits" in figure.axes[-1].get_title()
-    assert isinstance(explore.distance_figure(100, 0.1), Figure)
-    with pytest.raises(ValueError, match="step=3 is not computed"):
-        explore.steps_figure(explore.Trajectory(halving(), 2), steps=(3,))
-
-
-def test_gif(tmp_path):
-    t = explore.Trajectory(halving(shape=(3, 8, 8)), n=3, steps=20).run()
-    with Image.open(explore.save_trajectory(t, tmp_path / "new" / "a.gif", images=2)) as gif:
-        assert gif.n_frames == len(t.steps) and gif.info["loop"] == 0
-        stills = []
-        for k in (0, 3, len(t.steps) - 1):
-            gif.seek(k)
-            stills.append(np.asarray(gif.convert("RGB"), dtype=int)[20:])
-    for still, k in zip(stills, (0, 3, len(t.steps) - 1)):
-        assert abs(still - grid(t.samples(t.steps[k])[:2], 2, 6)).mean() < 12  # a GIF has 256 colours
-    for wrong, words in (
-        (dict(path=tmp_path / "a.png"), "must be .gif"),
-        (dict(path=tmp_path / "b.gif", images=0), "images=0"),
-        (dict(path=tmp_path / "b.gif", trajectory=explore.Trajectory(halving(), 2)), "run.. it first"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            explore.save_trajectory(**(dict(trajectory=t) | wrong))
-    assert not (tmp_path / "b.gif").exists()
+        trajectories.Trajectory(model, 5).moves()
 
 
 # A browser

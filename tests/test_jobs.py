@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dddm.study import load_rows, select
+from dddm.results import load_rows, select
 
 SMALL = (
     "overrides: {epochs: 1, batch: 600, net: {base: 16, attention: [], estimate: [4]}, "

@@ -10,17 +10,12 @@ import torch
 import dddm.study as study_room
 from dddm.data import load
 from dddm.presets import preset
-from dddm.schedule import VPSchedule
-from dddm.store import EstimateStore
-from dddm.study import (
-    Study,
-    Variant,
-    chosen_variants,
+from dddm.results import (
+    Row,
     course,
     gap_table,
     groups_of,
     load_rows,
-    one_step_samples,
     plot_course,
     plot_steps,
     save_rows,
@@ -28,7 +23,11 @@ from dddm.study import (
     select,
     steps_table,
     values,
+    write_rows,
 )
+from dddm.schedule import VPSchedule
+from dddm.store import EstimateStore
+from dddm.study import Study, Variant, chosen_variants, one_step_samples
 
 TINY = dict(batch=600, net=dict(base=16, attention=(), estimate=(4,)), device="cpu")
 NAMES = ["paper", "consistency"]
@@ -164,8 +163,8 @@ def test_files_of_before_a_field_existed_are_read(finished, tmp_path):
     for path in (tmp_path / "old").glob("*.json"):
         kept = json.loads(path.read_text())
         del kept["request"]["config"]["sigma_data"]
-        rows = [study_room.Row(*values) for values in kept["rows"]]
-        study_room.write_rows(path, rows, dict(request=kept["request"]), dict(provenance=kept["provenance"]))
+        rows = [Row(*values) for values in kept["rows"]]
+        write_rows(path, rows, dict(request=kept["request"]), dict(provenance=kept["provenance"]))
     assert set(replace(whole, out=tmp_path / "old").gather(tmp_path / "again.json").rows) == set(found.rows)
 
 
