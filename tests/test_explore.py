@@ -71,7 +71,8 @@ def test_a_model_of_few_steps_is_shown_by_its_own_sampler():
     """
     explorer = explore.StepExplorer(random_model("improved_consistency"), n=4).wait()
     assert (
-        explorer.trajectory.sampler == "renoise" and explorer.progress.value == explorer.progress.max == 100
+        explorer.trajectory.model.sampler == "renoise"
+        and explorer.progress.value == explorer.progress.max == 100
     )
     explorer.step.value = 5
     assert "after 5 steps of re-noising: an image is" in told(
