@@ -66,12 +66,12 @@ def show_rows(rows: dict, columns: int, width: float = 7) -> None:
         raise ValueError("no rows to show")
     pictures = {name: grid(x, columns=columns) for name, x in rows.items()}
     heights = [width * p.shape[0] / p.shape[1] for p in pictures.values()]
-    size = width + 0.075 * max(map(len, rows)), sum(heights) + 0.08 * len(rows)
-    fig, axes = plt.subplots(len(rows), 1, figsize=size, dpi=72, squeeze=False, height_ratios=heights)
+    size = width + 0.08 * max(map(len, rows)), sum(heights) + 0.08 * len(rows)
+    fig, axes = plt.subplots(len(rows), 1, figsize=size, dpi=100, squeeze=False, height_ratios=heights)
     for ax, (name, picture) in zip(axes[:, 0], pictures.items()):
         ax.imshow(picture, interpolation="nearest")
         ax.set(xticks=[], yticks=[])
-        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
     fig.tight_layout()
     plt.show()
 

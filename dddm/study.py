@@ -160,13 +160,16 @@ def recipe_variants(preset_name: str) -> list[Variant]:
     return variants
 
 # %% ../nbs/12_study.ipynb #12-study-026b
-def network_variants(preset_name: str, resolution: int = 8) -> list[Variant]:
+def network_variants(preset_name: str, resolution: int | None = None) -> list[Variant]:
     "With and without the estimate's positions: algorithm 1 with three estimates, and the published code."
+    read_at = preset(preset_name).net["estimate"][:1] if resolution is None else (resolution,)
+    if not read_at:
+        raise ValueError(f"resolution None: the network of {preset_name} reads no estimate; name one, say 8")
     table = [("paper", estimate) for estimate in ("store", "truth", "noise")] + [("published_code", "store")]
     variants = []
     for positions, words in ((True, "positions"), (False, "no positions")):
         for objective, estimate in table:
-            net = dict(estimate=(resolution,), estimate_positions=positions)
+            net = dict(estimate=read_at, estimate_positions=positions)
             fields = dict(objective=objective, estimate=estimate, net=net)
             name = f"{objective.replace('_', ' ')}, {estimate}, {words}"
             variants.append(Variant(name, fields, (own_sampler(objective),), ("network",)))
@@ -232,8 +235,8 @@ def chosen_variants(sets=("objectives",), preset: str = "digits", names=None, **
 
     sets: a name or several, keys of `SETS`. preset: whose settings they take. names: only these. options:
     objectives, c, features (distance); objectives, c_values, features (c); T_values, epochs (T); resolution
-    at which the estimate enters (network). Raises `ValueError` for a set, preset, name or option that does
-    not exist.
+    at which the estimate enters (network; None: the finest of the preset's). Raises `ValueError` for a set,
+    preset, name or option that does not exist, and for a preset whose network reads no estimate.
     """
     sets = [sets] if isinstance(sets, str) else list(sets)
     refuse_unknown("preset", preset, PRESETS)

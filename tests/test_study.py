@@ -224,7 +224,12 @@ def test_sets_of_variants():
     for with_places, without in zip(network[:4], network[4:]):
         assert without.fields["net"] == dict(estimate=(4,), estimate_positions=False)
         assert with_places.fields == without.fields | dict(net=dict(estimate=(4,), estimate_positions=True))
+    read_at = {
+        name: chosen_variants("network", name)[0].fields["net"]["estimate"] for name in ("digits", "mnist")
+    }
+    assert read_at == dict(digits=(8,), mnist=(14,))
     for wrong, message in (
+        (dict(sets="network", preset="mnist-one-step"), "reads no estimate"),
         (dict(sets="distances"), "did you mean 'distance'"),
         (dict(names=["papr"]), "did you mean 'paper'"),
         (dict(sets="T", c_values=[1]), "option 'c_values' is unknown"),
