@@ -279,7 +279,8 @@ def test_every_set_makes_configurations(tmp_path):
 @pytest.mark.parametrize(
     "name",
     "digits digits-more-seeds digits-batch-120 digits-distance-c-T digits-recipe digits-lpips "
-    "network-digits network-long network-mnist digits-one-step digits-scaling".split(),
+    "network-digits network-long network-mnist network-cifar10-small digits-one-step digits-scaling "
+    "mnist-scaling".split(),
 )
 def test_committed_results_are_what_the_sets_describe(root, name):
     "The variants' fields in the repository's files are those that the library gives."
