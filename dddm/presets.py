@@ -54,6 +54,7 @@ SMALL = dict(batch=128,  distance="pseudo_huber", ema=0.9999, ema_warmup=True,  
 PAPER = dict(batch=1024, distance="pseudo_lpips", ema=0.9999, ema_warmup=False, store_dtype="float32",
              c=1.4e-4, distance_options=dict(square=False, resize=224))  # c and the options: the code's
 F16   = dict(store_dtype="float16")
+FEW   = dict(batch=32)
 
 # what the published code has in the place of the paper's choices
 CODE  = dict(objective="published_code", beta_min=0.01, beta_max=50.0)
@@ -61,7 +62,7 @@ CODE  = dict(objective="published_code", beta_min=0.01, beta_max=50.0)
 ALGORITHM_1 = {
     # small, for a laptop (ours)
     "digits":          dict(DIGITS | SMALL,           net=TINY32, T=1000, epochs=60,   lr=1e-3),
-    "mnist":           dict(MNIST | SMALL,            net=NET28,  T=1000, epochs=6,    lr=1e-3, classes=10),
+    "mnist":           dict(MNIST | SMALL | FEW,      net=NET28,  T=1000, epochs=6,    lr=1e-3, classes=10),
     "cifar10-small":   dict(CIFAR10 | OFTEN | SMALL,  net=NET32,  T=1000, epochs=4,    lr=5e-4),
     # the paper's models of CIFAR-10
     "cifar10":         dict(CIFAR10 | PAPER,          net=ADM32,  T=1000, epochs=1000, lr=2e-4),
