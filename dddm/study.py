@@ -303,10 +303,22 @@ def check_study(study: Study) -> None:
         if len(set(entries)) < len(entries):
             raise ValueError(f"{what} {entries}: one comes twice")
     check_overrides(study)
-    check_count("n", study.n)
+    check_measurement(study)
     check_tolerance(study.tolerance, "iterate")
     for variant in study.variants:
         check_variant(variant, study.config(variant, study.seeds[0]).T, step_counts(study.steps))
+
+
+def check_measurement(study: Study) -> None:
+    "`ValueError` for an extractor or a number of samples that the metrics of `score` cannot do with."
+    check_count("n", study.n)
+    if study.n < 4:
+        raise ValueError(f"n={study.n}: precision and recall need the third neighbour, so take 4 or more")
+    if study.extractor == "pixels":
+        raise ValueError(
+            "extractor='pixels': a study has the Fréchet distance, and pixels have none; "
+            "take None or the name of a network"
+        )
 
 
 def check_variant(variant: Variant, T: int, steps: list[int]) -> None:
@@ -343,6 +355,11 @@ class Inputs(NamedTuple):
     images: Images
     reference: Features
 
+    @property
+    def know_classes(self) -> bool:
+        "Whether the extractor's classes are the data's; of inception's none are kept."
+        return self.reference.logits is not None
+
 
 def open_inputs(study: Study) -> Inputs:
     "The extractor, the data and its features. Any file that is missing, also a distance's, is missed here."
@@ -370,13 +387,13 @@ ENERGY_IMAGES = 2000  # its cost grows with their square
 def score(x: torch.Tensor, seed: int, inputs: Inputs) -> dict[str, tuple[float, int]]:
     "{metric: (value, number of images)} of samples x [n, C, H, W]."
     found = extract(x, inputs.extractor, progress=False)
-    metrics = ("fd", "precision", "recall", "diversity", "mean shift", "confident")
-    metrics = metrics if inputs.extractor.has_classes else metrics[:-1]
+    metrics = ("fd", "precision", "recall", "diversity", "mean shift")
+    metrics += ("confident",) * inputs.know_classes
     names = {found.distance: "fd", "mean shift": "mean_distance"}
     measured = measure(found, inputs.reference, metrics, seed=seed)
     scores = {names.get(name, name): result.value for name, result in measured.items()}
     scores["copies"] = memorisation(found, inputs.reference).share
-    if inputs.extractor.has_classes:
+    if inputs.know_classes:
         scores["classes"] = int((class_counts(found) > 0).sum())
     x_T, first = draws(seed, range(len(x)), x.shape[1:])
     scores |= dict(copied_x_T=copied_noise(x, x_T), copied_estimate=copied_noise(x, first))
@@ -391,7 +408,7 @@ def score(x: torch.Tensor, seed: int, inputs: Inputs) -> dict[str, tuple[float, 
 def real_scores(study: Study, inputs: Inputs) -> dict[str, float]:
     "What as many real images would be expected to score, where that is known."
     some = extract(some_images(inputs.images, study.n, 100), inputs.extractor, progress=False)
-    metrics = ("fd", "mean shift", *(("confident",) if inputs.extractor.has_classes else ()))
+    metrics = ("fd", "mean shift", *("confident",) * inputs.know_classes)
     names = {some.distance: "fd", "mean shift": "mean_distance"}
     measured = measure(some, inputs.reference, metrics)
     return {names.get(name, name): result.floor for name, result in measured.items()} | {"diversity": 1.0}

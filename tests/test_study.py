@@ -9,6 +9,7 @@ import torch
 
 import dddm.study as study_room
 from dddm.data import load
+from dddm.extractors import load_extractor
 from dddm.presets import preset
 from dddm.results import (
     Row,
@@ -156,6 +157,18 @@ def test_another_request_is_refused(finished):
         replace(whole, epochs=3).run()
 
 
+def test_a_study_with_inception_asks_no_class_scores(tmp_path, monkeypatch):
+    "It has two outputs, as our classifiers have, but ImageNet's classes are not those of the data."
+    stand_in = replace(load_extractor("digits", device="cpu"), name="inception", named=False)
+    monkeypatch.setattr(study_room, "load_extractor", lambda which: stand_in)
+    study = tiny(tmp_path / "runs", variants=chosen_variants(names=["regression"]), steps=(1,), n=10)
+    study.run()
+    found = study.gather(tmp_path / "results.json")
+    metrics = {row.metric for row in found.rows}
+    assert {"fd", "copies", "energy"} < metrics and not {"confident", "classes"} & metrics
+    assert list(found.config["real"]) == ["fd", "mean_distance", "diversity"]
+
+
 def test_files_of_before_a_field_existed_are_read(finished, tmp_path):
     "A field that the configuration got later counts with its default."
     whole, found = finished
@@ -184,6 +197,8 @@ def test_gather_of_nothing(tmp_path):
         (dict(steps=()), "at least one entry each"),
         (dict(seeds=(0, 0)), "one comes twice"),
         (dict(n=0), "n=0: must be an integer >= 1"),
+        (dict(n=3), "n=3: precision and recall need"),
+        (dict(extractor="pixels"), "extractor='pixels': a study has the Fréchet distance"),
         (dict(tolerance="small"), "tolerance='small': must be None"),
         (dict(variants=[]), "at least one entry each"),
         (dict(variants=[Variant("a", dict(objectiv="paper"), ("iterate",))]), "did you mean 'objective'"),
