@@ -101,6 +101,11 @@ def frechet_bias(constant: float, n: int, n_reference: int | None = None) -> flo
     """
     return (1 / n + (1 / n_reference if n_reference else 0)) * constant
 
+
+def frechet_floor(reference: Features, n: int) -> float:
+    "What n real images would be expected to score against the reference: `frechet_bias` of its covariance."
+    return frechet_bias(bias_constant(reference.eigenvalues), n, len(reference))
+
 # %% ../nbs/10a_metrics.ipynb #10a-metrics-019
 def inception_score(logits: torch.Tensor, splits: int = 10) -> Score:
     r"""$\exp E_x\,\mathrm{KL}(p(y|x)\,\|\,p(y))$ of class scores [n, K], by torch-fidelity.
@@ -179,13 +184,9 @@ def pairwise_distance(features: torch.Tensor, most: int = 2000) -> float:
 
 
 def mean_shift(generated: Features, reference: Features) -> Measured:
-    r"""Distance of the mean image from the data's: root mean square over pixels in [-1, 1].
-
-    Real images would give $\sqrt{\overline{\sigma^2}(1/n+1/N)}$.
-    """
+    "Distance of the mean image from the data's: root mean square over pixels in [-1, 1]."
     shift = (generated.mean - reference.mean).square().mean().sqrt()
-    expected = reference.variance.mean() * (1 / len(generated) + 1 / len(reference))
-    return Measured(shift.item(), expected.sqrt().item())
+    return Measured(shift.item(), mean_shift_floor(reference, len(generated)))
 
 
 def confident(features: Features, p: float = 0.9) -> float:
@@ -195,6 +196,11 @@ def confident(features: Features, p: float = 0.9) -> float:
     return (class_probabilities(features).amax(1) >= p).double().mean().item()
 
 # %% ../nbs/10a_metrics.ipynb #10a-metrics-032
+def mean_shift_floor(reference: Features, n: int) -> float:
+    r"The mean shift that n real images would be expected to have: $\sqrt{\overline{\sigma^2}(1/n+1/N)}$."
+    return (reference.variance.mean() * (1 / n + 1 / len(reference))).sqrt().item()
+
+
 def class_probabilities(features: Features) -> torch.Tensor:
     "What the extractor's classifier says of each image, [n, K]; `ValueError` where it is none."
     if features.logits is None:
@@ -395,7 +401,7 @@ def frechet_of(g: Features, r: Features) -> Measured:
     Warns where there are fewer images than dimensions. Raises `ValueError` for pixels.
     """
     refuse_pixels(g.extractor)
-    floor, D = frechet_bias(bias_constant(r.eigenvalues), len(g), len(r)), g.features.shape[1]
+    floor, D = frechet_floor(r, len(g)), g.features.shape[1]
     if min(len(g), len(r)) <= D:
         warnings.warn(
             f"{g.distance} of {len(g)} samples against {len(r)} images in {D} dimensions is mostly bias: "

@@ -23,7 +23,16 @@ from .config import TrainConfig
 from .data import Images
 from .evaluation import EXTRACTORS
 from .extractors import LIBRARY, Extractor, Features, extract, load_extractor, reference_features
-from .metrics import class_counts, copied_noise, energy_distance, measure, memorisation
+from dddm.metrics import (
+    class_counts,
+    confident,
+    copied_noise,
+    energy_distance,
+    frechet_floor,
+    mean_shift_floor,
+    measure,
+    memorisation,
+)
 from .objectives import OBJECTIVES, Batch, estimate_of, needs_store, network_estimate
 from .passes import load_images, open_distance, open_store
 from .presets import PRESETS, one_step, preset
@@ -407,11 +416,9 @@ def score(x: torch.Tensor, seed: int, inputs: Inputs) -> dict[str, tuple[float, 
 
 def real_scores(study: Study, inputs: Inputs) -> dict[str, float]:
     "What as many real images would be expected to score, where that is known."
-    some = extract(some_images(inputs.images, study.n, 100), inputs.extractor, progress=False)
-    metrics = ("fd", "mean shift", *("confident",) * inputs.know_classes)
-    names = {some.distance: "fd", "mean shift": "mean_distance"}
-    measured = measure(some, inputs.reference, metrics)
-    return {names.get(name, name): result.floor for name, result in measured.items()} | {"diversity": 1.0}
+    r, n = inputs.reference, study.n
+    found = dict(fd=frechet_floor(r, n), mean_distance=mean_shift_floor(r, n), diversity=1.0)
+    return found | (dict(confident=confident(r)) if inputs.know_classes else {})
 
 # %% ../nbs/12_study.ipynb #12-study-037
 def data_posterior_mean(images: Images, x_t, signal, noise, label=None) -> torch.Tensor:

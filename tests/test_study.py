@@ -4,12 +4,13 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import dddm.study as study_room
 from dddm.data import load
-from dddm.extractors import load_extractor
+from dddm.extractors import load_extractor, to_bytes
 from dddm.presets import preset
 from dddm.results import (
     Row,
@@ -167,6 +168,20 @@ def test_a_study_with_inception_asks_no_class_scores(tmp_path, monkeypatch):
     metrics = {row.metric for row in found.rows}
     assert {"fd", "copies", "energy"} < metrics and not {"confident", "classes"} & metrics
     assert list(found.config["real"]) == ["fd", "mean_distance", "diversity"]
+
+
+@pytest.mark.parametrize("n", [1000, 20_000])
+def test_real_images_score_what_n_of_them_would(tmp_path, n):
+    "The floors are those of the number of samples, also where there are fewer images than that."
+    study = tiny(tmp_path / "runs", n=n)
+    inputs = study_room.open_inputs(study)
+    found = study_room.real_scores(study, inputs)
+    x, net = load("digits").get(torch.arange(1797))[0].double(), load_extractor("digits", device="cpu")
+    l = np.linalg.eigvalsh(np.cov(net(to_bytes(x)).features.double().numpy(), rowvar=False)).clip(1e-12)
+    bracket = 1.25 * l.sum() + 0.5 * sum(a * b / (a + b) for a in l for b in l)
+    assert found["fd"] == pytest.approx((1 / n + 1 / 1797) * bracket, rel=1e-3)
+    shift = (x.var(0).mean().item() * (1 / n + 1 / 1797)) ** 0.5
+    assert found["mean_distance"] == pytest.approx(shift, rel=1e-4)
 
 
 def test_files_of_before_a_field_existed_are_read(finished, tmp_path):
