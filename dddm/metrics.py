@@ -227,6 +227,16 @@ def check_same_extractor(a: Features, b: Features) -> None:
         x, y = tuple(a.mean.shape), tuple(b.mean.shape)
         raise ValueError(f"images are {x} on one side and {y} on the other (C, H, W)")
 
+
+def distance_limit(distance: torch.Tensor, features: torch.Tensor, level: float) -> float:
+    """The `level` quantile of real images' distances [n] to their nearest one among features [N, D].
+
+    Duplicates, whose distance is zero but for rounding, are left out; where all are such, it is the rounding.
+    """
+    rounding = 1e-5 * features.double().norm(dim=1).mean()  # one image, seen in two batches, differs by less
+    apart = distance[distance > rounding]
+    return (apart.quantile(level) if len(apart) else rounding).item()
+
 # %% ../nbs/10a_metrics.ipynb #10a-metrics-035
 def nearest(x: torch.Tensor, y: torch.Tensor, own: torch.Tensor | None = None) -> Nearest:
     """For each row of x [n, D] the nearest row of y [N, D].
@@ -249,7 +259,8 @@ def memorisation(
     """How many samples are copies of training images.
 
     The limit is the `level` quantile of held-out images' distances to their nearest training image. Without
-    `heldout` it is that of up to 2,000 training images' distances to their nearest other one.
+    `heldout` it is that of up to 2,000 training images' distances to their nearest other one. Duplicates do
+    not count: see `distance_limit`.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level}: must lie between 0 and 1")
@@ -260,7 +271,7 @@ def memorisation(
         real = nearest(training.features[own], training.features, own)
     else:
         real = nearest(heldout.features, training.features)
-    limit = real.distance.quantile(level).item()
+    limit = distance_limit(real.distance, training.features, level)
     found = nearest(generated.features, training.features)
     return Memorisation((found.distance < limit).double().mean().item(), level, limit, *found)
 
