@@ -586,8 +586,13 @@ def shown(self: Evaluation, subject: Subject, steps: int) -> torch.Tensor:
 
 @patch
 def paper_table(self: Evaluation) -> list[dict]:
-    "The paper's rows of this data, then what is measured after 1, 2 and 1000 steps, for `markdown`."
-    number = 2 if self.subjects[0].config.data == "imagenet64" else 1
+    """The paper's rows of this data, then what is measured after 1, 2 and 1000 steps, for `markdown`.
+
+    Empty where the paper has no table of these images.
+    """
+    number = {"cifar10": 1, "imagenet64": 2}.get(self.subjects[0].config.data)
+    if number is None:
+        return []
     paper = [r for r in PAPER if r.table == number and r.method == "DDDM(T=1000)"]
     printed = {"FID", "IS", self.distance, *(("precision", "recall") if number == 2 else ())}
     measured, seed = [], self.seeds[0]

@@ -148,6 +148,7 @@ def test_samples_in_another_precision_are_scored_anew(run, tmp_path):
     again = open_evaluation([run], **options, precision="bfloat16")
     list(again.run())
     assert again.scores == rough.scores
+    assert again.paper_table() == []  # it has no digits
 
 
 @pytest.mark.slow
