@@ -495,7 +495,9 @@ NOT_ASKED = ("data_path", "checkpoint_every", "log_every", "sampler")
 def request(study: Study, variant: Variant, seed: int, extractor: Extractor) -> dict:
     "What the rows of a variant depend on, but for samplers and numbers of steps."
     config = without(study.config(variant, seed).to_dict(), *NOT_ASKED)
-    return dict(config=config, n=study.n, extractor=extractor.name, weights=extractor.weights)
+    tolerance = study.tolerance if "iterate" in variant.samplers else None
+    asked = dict(n=study.n, extractor=extractor.name, weights=extractor.weights, tolerance=tolerance)
+    return dict(config=config, **asked)
 
 # %% ../nbs/12_study.ipynb #12-study-039-part0
 class VariantFile:
@@ -679,6 +681,7 @@ def results_config(study: Study, inputs: Inputs, files: list[VariantFile]) -> di
         epochs=fields["epochs"],
         batch=fields["batch"],
         n=study.n,
+        tolerance=study.tolerance,
         reference_n=len(inputs.images),
         extractor=inputs.extractor.name,
         weights=inputs.extractor.weights,
