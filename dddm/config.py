@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .checks import refuse_unknown
 from .levels import LEVEL_DISTRIBUTIONS
 from .model import DDDM, Boundary
-from .objectives import DERIVATIVES, OBJECTIVES, assemble, estimate_of, needs_store
+from .objectives import DERIVATIVES, OBJECTIVES, assemble, estimate_of, in_pairs, needs_store
 from .sampling import SAMPLERS
 from .schedule import VPSchedule
 from .store import without_checksum
@@ -214,6 +214,12 @@ def check_config(config: TrainConfig) -> None:
     keeps_store = needs_store(config.objective, config.estimate)
     must = f"objective {config.objective!r} keeps a store, whose every row must be written in every epoch"
     need(not (config.drop_last and keeps_store), config, "drop_last", must)
+    odd = config.micro_batch is not None and config.micro_batch % 2 == 1
+    must = f"objective {config.objective!r} treats rows in pairs: give an even number"
+    need(not (odd and in_pairs(config.objective, config.estimate)), config, "micro_batch", must)
+    flows = config.objective == "meanflow"
+    needs = f"needs objective='meanflow', not {config.objective!r}"
+    need(config.sampler != "meanflow" or flows, config, "sampler", needs)
     VPSchedule(config.T, config.beta_min, config.beta_max)
 
 

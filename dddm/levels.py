@@ -36,6 +36,7 @@ def noise_levels(schedule: VPSchedule, n: int, rho: float | None = 7.0) -> torch
     scale = sigma(schedule).atan() if rho is None else sigma(schedule) ** (1 / rho)
     wanted = torch.linspace(scale[1].item(), scale[-1].item(), n, dtype=torch.float64)
     times = torch.searchsorted(scale, wanted).clamp(1, schedule.T).unique()
+    times = times[scale[times] > 0]  # with beta_min = 0 the first step adds no noise
     return torch.cat([torch.zeros(1, dtype=torch.long), times])
 
 # %% ../nbs/08b_levels.ipynb #08b-levels-009

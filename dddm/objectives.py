@@ -337,6 +337,11 @@ def sampler_of(objective: str, sampler: str | None = None) -> str:
     return OBJECTIVES[objective].sampler if sampler is None else sampler
 
 
+def in_pairs(objective: str, estimate: str | None = None) -> bool:
+    "Whether the rows of a pass are treated in turn in two ways, so that their number should be even."
+    return objective == "meanflow" or estimate_of(objective, estimate) == "self"
+
+
 def needs_store(objective: str, estimate: str | None = None) -> bool:
     "Whether training reads the estimates of the epoch before."
     return estimate_of(objective, estimate) in ("store", "shuffled")

@@ -29,7 +29,7 @@ from .config import TrainConfig, build, draw, epoch_batches, random_start
 from .features import trunk
 from .losses import distance
 from .model import DDDM
-from .objectives import OBJECTIVES, Batch, estimate_of, needs_store
+from .objectives import OBJECTIVES, Batch, estimate_of, in_pairs, needs_store
 from .runs import open_directory, run_identity, size_text
 from .sampling import has_bfloat16
 from .store import EstimateStore, queued, to_device, whole_file
@@ -120,6 +120,15 @@ def check_data(config: TrainConfig, data: images.Images) -> None:
         raise ValueError(
             f"classes={config.classes}, but {data.name} has the label {top}: "
             f"labels must be in 0..{config.classes - 1}"
+        )
+
+
+def check_pairs(config: TrainConfig, world: int) -> None:
+    "Raise `ValueError` where a device has one row of each batch, and the objective treats rows in pairs."
+    if in_pairs(config.objective, config.estimate) and config.batch < 2 * world:
+        raise ValueError(
+            f"batch={config.batch}: objective {config.objective!r} treats rows in pairs: give at least "
+            f"{2 * world}, two for each device"
         )
 
 
@@ -242,6 +251,7 @@ def open_run(
     out = Path(out).expanduser()
     accelerator = start_accelerator(config, out)
     step_dtype(config, accelerator.device)  # refused here rather than later
+    check_pairs(config, accelerator.num_processes)
     model = build(config)
     with accelerator.local_main_process_first():  # one rank fetches and decodes, the others find it done
         d, data = open_distance(config), load_images(config)
@@ -420,7 +430,8 @@ def memory_of_trial(run: Run, n: int) -> int:
 
 # %% ../nbs/09b_passes.ipynb #09b-passes-022
 def fitting_micro_batch(run: Run, free: int, compiled: bool) -> int:
-    """The largest of this rank's share, its half, its quarter … that fits into `free` bytes of the GPU.
+    """The largest of this rank's share, its half, its quarter … (made even) that fits into
+    `free` bytes of the GPU.
 
     Estimated from passes of 8 and 16 samples; a share of up to 16 is taken untried.
     A compiled pass keeps less than an eager one; it is counted as 0.6 of it.
@@ -433,7 +444,7 @@ def fitting_micro_batch(run: Run, free: int, compiled: bool) -> int:
     each = max(1, (large - small) / 8) * (0.6 if compiled else 1.0)
     size = share
     while size > 16 and small + size * each > free:
-        size = math.ceil(size / 2)
+        size = 2 * math.ceil(size / 4)
     return size
 
 

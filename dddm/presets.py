@@ -21,7 +21,7 @@ from .cache import expand
 from .checks import check_count, refuse_unknown
 from .config import TrainConfig
 from .data import Images, load, open_source
-from .losses import pseudo_huber_c
+from .losses import DISTANCES, pseudo_huber_c
 
 # %% ../nbs/11_presets.ipynb #11-presets-005
 def every(log: int, checkpoint: int) -> dict:
@@ -125,9 +125,20 @@ PRESETS = {
 }
 
 # %% ../nbs/11_presets.ipynb #11-presets-017b
+def with_distance(fields: dict, name: str | None) -> dict:
+    "`fields` for the distance `name`, without a constant and options that it does not take; None: as it is."
+    if name not in DISTANCES or name == fields.get("distance"):
+        return fields
+    if not name.startswith("pseudo_"):
+        fields.pop("c", None)
+    taken = DISTANCES[name][1]
+    options = {k: v for k, v in fields.get("distance_options", {}).items() if k in taken}
+    return fields | dict(distance_options=options)
+
+
 def changed(fields: dict, overrides: dict) -> dict:
     "Fields of `TrainConfig` with `overrides`; dicts are merged. `ValueError` for a name that is no field."
-    fields = dict(fields)
+    fields = with_distance(dict(fields), overrides.get("distance"))
     for key, value in overrides.items():
         refuse_unknown("field", key, [f.name for f in dataclasses.fields(TrainConfig)])
         if (merged := key in ("net", "distance_options")) and not isinstance(value, dict):
@@ -213,14 +224,19 @@ def read_own(path: str, size: int | None, on_error: str) -> Images:
         except ValueError as e:
             hint = ". With own images: give a size" * ("resize=True" in str(e))
             raise ValueError(f"{e}{hint}") from None
-    if expand(path).exists():
-        source = open_source(expand(path), size, None, (1, size, size), on_error)
-        if next(source.blocks()).pixels is not None:  # the first image is grey
-            with contextlib.suppress(
-                ValueError
-            ):  # colours further on, or a bad file, which the last line names
-                return load(path, size=size)
-    return load(path, size=size, channels=3, on_error=on_error)
+    grey = expand(path).exists() and first_is_grey(path, size, on_error)
+    if grey:
+        with contextlib.suppress(ValueError):  # colours further on, or a bad file, which the next line names
+            return load(path, size=size)
+    images = load(path, size=size, channels=3, on_error=on_error)
+    if grey and images.skipped and (images.pixels == images.pixels[:, :1]).all():
+        return load(path, size=size, channels=1, on_error=on_error)  # grey, but for bad files
+    return images
+
+
+def first_is_grey(path: str, size: int, on_error: str) -> bool:
+    source = open_source(expand(path), size, None, (1, size, size), on_error)
+    return next(source.blocks()).pixels is not None
 
 # %% ../nbs/11_presets.ipynb #11-presets-o5
 def own_images(data, size: int | None = None, **overrides) -> TrainConfig:

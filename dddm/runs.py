@@ -275,7 +275,8 @@ def check_directory(config: TrainConfig, out: Path, resume: bool = True) -> Trai
             )
         return there
     held = [p.name for p in out.iterdir() if not p.name.startswith(".")] if out.exists() else []
-    if held and {*held} <= {"config.json", "data.txt"}:
+    ours = (out / ".id").exists()  # whatever a start wrote beside it: a tracker's folder, a picture, a store
+    if held and (ours or {*held} <= {"config.json", "data.txt"}):
         try:
             read_config(out)
             return None

@@ -396,6 +396,11 @@ def build_stage(config: dict, i: int, inputs: list[int], up: bool) -> Stage:
     return Stage(size, channels, blocks, None if last else Resample(channels, up, config["groups"]))
 
 # %% ../nbs/05_unet.ipynb #05-unet-038
+def as_tuple(value):
+    "A list as a tuple; anything else as it is, for `check_config` to look at."
+    return tuple(value) if isinstance(value, list) else value
+
+
 def check_config(
     shape,
     base,
@@ -412,6 +417,9 @@ def check_config(
     time,
 ) -> None:
     "Raise `ValueError` naming the first argument of `UNet` that does not fit, with what would."
+    for name, v in dict(shape=shape, multipliers=multipliers, attention=attention, estimate=estimate).items():
+        if not isinstance(v, tuple):
+            raise ValueError(f"{name}={v!r}: need a tuple or a list, such as (8,)")
     if len(shape) != 3 or min(shape) < 1 or shape[1] != shape[2]:
         raise ValueError(f"shape={shape}: need (channels, R, R), a square image")
     for name, v in dict(
@@ -430,8 +438,8 @@ def check_config(
             f"shape={shape}: {shape[1]} px cannot be halved {len(multipliers) - 1} times; "
             f"need a multiple of {2 ** (len(multipliers) - 1)}, or fewer multipliers"
         )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}: need 0 <= dropout < 1")
+    if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r}: need a number, 0 <= dropout < 1")
     if classes is not None and (
         isinstance(classes, bool) or not isinstance(classes, numbers.Integral) or classes < 1
     ):
@@ -541,13 +549,13 @@ class UNet(nn.Module):
     ):
         super().__init__()
         self.config = dict(
-            shape=tuple(shape),
+            shape=as_tuple(shape),
             base=base,
-            multipliers=tuple(multipliers),
+            multipliers=as_tuple(multipliers),
             blocks=blocks,
             dropout=dropout,
-            attention=tuple(attention),
-            estimate=tuple(estimate),
+            attention=as_tuple(attention),
+            estimate=as_tuple(estimate),
             classes=classes,
             head_channels=head_channels,
             groups=groups,
@@ -556,7 +564,7 @@ class UNet(nn.Module):
             time=time,
         )
         check_config(**self.config)
-        self.shape, self.classes, self.recompute = tuple(shape), classes, False
+        self.shape, self.classes, self.recompute = self.config["shape"], classes, False
         self.assemble()
 
 # %% ../nbs/05_unet.ipynb #05-unet-042b

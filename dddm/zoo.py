@@ -30,6 +30,7 @@ from .checks import check_count
 from .config import MACHINE, TrainConfig, build
 from .data import KNOWN
 from .model import DDDM
+from .objectives import sampler_of
 from .pictures import eight_bits, save_grid
 from .runs import fsync, load, read_config
 from .sampling import sample
@@ -204,7 +205,10 @@ def write_model(model: "Pretrained", folder: Path) -> None:
     content = save_tensors({k: v.cpu().contiguous() for k, v in weights.items()}, {"format": "pt"})
     (folder / TENSORS).write_bytes(content)
     about = dict(format=FORMAT, description=model.description, command=model.command)
-    about |= dict(sha256=hashlib.sha256(content).hexdigest(), config=portable(model.config))
+    config = portable(model.config)
+    if model.sampler != sampler_of(model.config.objective, model.config.sampler):
+        config["sampler"] = model.sampler  # another than that of the training
+    about |= dict(sha256=hashlib.sha256(content).hexdigest(), config=config)
     text = json.dumps(with_checksum(about), indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     (folder / CARD).write_text(model_card(model), encoding="utf-8")

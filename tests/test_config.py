@@ -37,6 +37,12 @@ def test_bad_input_before_any_work(tmp_path):
         shape=(3, 32, 32),
         net=net32,
     )
+    refused("sampler='meanflow': needs objective='meanflow', not 'paper'", sampler="meanflow")
+    for fields in (dict(objective="meanflow"), dict(objective="consistency")):
+        refused("micro_batch=3: .*rows in pairs: give an even number", micro_batch=3, **fields)
+        refused("batch=1: .*rows in pairs: give at least 2", batch=1, **fields)
+    for wrong in (dict(attention=8), dict(multipliers=2), dict(dropout="0.1"), dict(estimate="8")):
+        refused(f"{next(iter(wrong))}=.*: need a ", net={**TINY["net"], **wrong})
     with pytest.raises(ValueError, match="did you mean 'epochs'.*Known: .*batch"):
         TrainConfig.from_dict(dict(epoch=3))
 

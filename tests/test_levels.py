@@ -1,5 +1,7 @@
 "Where noise levels lie, and how often each interval between two of them is drawn."
 
+import itertools
+
 import pytest
 import torch
 
@@ -11,8 +13,10 @@ schedule = VPSchedule()
 
 @pytest.mark.parametrize("distribution", LEVEL_DISTRIBUTIONS)
 def test_intervals_are_a_distribution_at_every_moment(distribution):
-    for progress in (0.0, 0.5, 1 - 1e-9):
-        times, cumulative, weight = intervals(schedule, 40, distribution, progress)
+    noiseless = VPSchedule(1000, 0.0, 20.0)  # its first step adds no noise
+    for s, progress in itertools.product((schedule, noiseless), (0.0, 0.5, 1 - 1e-9)):
+        times, cumulative, weight = intervals(s, 40, distribution, progress)
+        assert weight.isfinite().all()
         assert cumulative[0] == 0 and cumulative[-1] == 1 and (cumulative.diff() > 0).all()
         assert len(times) == len(cumulative) == len(weight) + 1 and (weight > 0).all()
         assert weight.dtype == torch.float64

@@ -105,6 +105,10 @@ def test_what_images_say_becomes_the_configuration(tmp_path, pixel_cache, capsys
     assert (config.net["blocks"], config.net["base"], config.net["estimate"]) == (2, 32, ())
     assert (config.epochs, config.objective, config.drop_last) == (3000, "meanflow", True)
     assert own_images(folder, size=16).shape == (1, 16, 16)
+    (folder / "disc" / "bad.png").write_bytes(b"no image")
+    with pytest.warns(UserWarning, match="1 of .* images .* skipped"):
+        assert own_images(folder, size=16, on_error="skip").shape == (1, 16, 16)
+    (folder / "disc" / "bad.png").unlink()
     draw("disc", 99).save(folder / "square" / "zz.png")  # one in colour, among the last
     assert own_images(folder, size=16, classes=None).shape == (3, 16, 16)
     capsys.readouterr()

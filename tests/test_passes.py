@@ -114,6 +114,8 @@ def test_the_micro_batch_follows_the_memory(free, compiled, wanted, monkeypatch)
     run = type("Run", (), dict(config=TrainConfig(batch=1024), world=1))
     monkeypatch.setattr(passes, "memory_of_trial", lambda run, n: 100 + n * 10**6)
     assert fitting_micro_batch(run, free, compiled) == wanted
+    run.config = TrainConfig(batch=1022)
+    assert all(fitting_micro_batch(run, 10**6 * k, compiled) % 2 == 0 for k in range(1, 1000, 7))
 
 
 def test_what_is_not_finite_is_noticed_a_step_late(few_images, tmp_path, monkeypatch):  # noqa: F811

@@ -10,6 +10,7 @@ import torch
 
 from dddm import presets
 from dddm.config import TrainConfig, build
+from dddm.passes import open_distance
 from dddm.presets import preset
 from dddm.training import train
 
@@ -53,6 +54,15 @@ def test_the_published_preset_has_the_published_values():
     with torch.device("meta"):
         count = sum(p.numel() for p in build(config).parameters())
     assert count == pytest.approx(131.34e6, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-one-step", "cifar10"])
+@pytest.mark.parametrize("distance", ["l1", "l2", "squared_l2", "pseudo_huber"])
+def test_the_distance_of_a_preset_can_be_changed(name, distance):
+    "The constant and the options of the preset's own distance do not stay in its way."
+    config = preset(name, distance=distance)
+    assert open_distance(config)(torch.zeros(2, *config.shape), torch.ones(2, *config.shape)).shape == (2,)
+    assert distance.startswith("pseudo_") or config.c == 0
 
 
 @pytest.mark.parametrize("wrong", ["digits", None, 3])

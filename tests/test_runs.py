@@ -155,7 +155,24 @@ def test_a_run_that_never_took_a_step_gives_way(tmp_path, monkeypatch):
         patch.setattr(training, "check_disk", lambda out, needed: (_ for _ in ()).throw(OSError("full")))
         with pytest.raises(OSError):
             train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "run", progress=False)
-    train(TrainConfig(**{**TINY, "epochs": 1, "lr": 1e-3}), tmp_path / "run", progress=False)
+    for left in ("samples/step-0000004.png", "dddm/events", "store"):  # a grid, a tracker's folder, a store
+        (tmp_path / "run" / left).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / left).write_bytes(b"of the start that failed")
+    fields = {**TINY, "epochs": 1, "lr": 1e-3, "sample_every": 0}
+    run = train(TrainConfig(**fields), tmp_path / "run", progress=False)
+    assert not (run / "samples" / "step-0000004.png").exists()
+
+
+def test_grids_of_steps_that_are_taken_again_are_drawn_again(tmp_path):
+    fields = {**TINY, "epochs": 2, "lr_decay": 1.0, "sample_every": 3}
+    run = train(TrainConfig(**fields), tmp_path / "run", progress=False)
+    grids = lambda: {int(p.stem.removeprefix("step-")): p for p in (run / "samples").iterdir()}
+    assert [*sorted(grids())] == [3, 6, 9, 12, 15, 16]
+    before = grids()[15].read_bytes()
+    with pytest.warns(UserWarning, match="was begun with epochs=2"):
+        train(TrainConfig(**{**fields, "epochs": 3}), run, progress=False, back=1)  # from step 14
+    assert [*sorted(grids())] == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert grids()[15].read_bytes() != before
 
 
 def test_disks_that_cannot_lock_or_flush_folders_warn(tmp_path, monkeypatch):

@@ -187,14 +187,11 @@ def test_two_ranks_stop_together_and_resume(tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_micro_batches_change_nothing_but_rounding(tmp_path):
+@pytest.mark.parametrize("objective", ["paper", "meanflow", "consistency"])
+def test_micro_batches_change_nothing_but_rounding(objective, tmp_path):
+    fields = {**TINY, "epochs": 1, "batch": 900, "objective": objective}
     runs = [
-        train(
-            TrainConfig(**{**TINY, "epochs": 1, "batch": 900, "micro_batch": m}),
-            tmp_path / str(m),
-            progress=False,
-        )
-        for m in (None, 50)
+        train(TrainConfig(**fields, micro_batch=m), tmp_path / str(m), progress=False) for m in (None, 50)
     ]
     a, b = (
         torch.load(newest_checkpoint(r) / "state.pt", weights_only=True)["optimizer"]["state"] for r in runs

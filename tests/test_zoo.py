@@ -212,6 +212,13 @@ def test_a_pretrained_model_answers_like_what_it_was_made_of(objective, tmp_path
         assert torch.equal(sample(other, 2, 2, clamp=False), expected)
 
 
+def test_a_sampler_that_was_set_is_kept(tmp_path):
+    pretrained = Pretrained(config.build(small_config()).eval(), small_config())
+    pretrained.sampler = "ddim"
+    pretrained.save_pretrained(tmp_path / "model")
+    assert Pretrained.from_pretrained(tmp_path / "model").sampler == "ddim"
+
+
 # Whole or not at all
 
 
