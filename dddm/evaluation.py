@@ -313,23 +313,28 @@ def usual_extractor(data: str) -> str:
     return EXTRACTORS.get(data, "inception" if data in KNOWN else "pixels")
 
 
-def remembered(path: Path, make: Callable, extractor: Extractor, reference: Features) -> dict[str, Result]:
+def remembered(
+    path: Path, make: Callable, identity: dict, extractor: Extractor, reference: Features
+) -> dict[str, Result]:
     """Scores {metric: Result} kept at `path`, else those of `make()`, which are then kept.
 
-    Kept scores count where they are by the same extractor, against the same data, by the same library.
+    Kept scores count where they are of the same samples, which `identity` tells as JSON values, by the same
+    extractor, against the same data, by the same library.
     """
     kind = dict(reference=reference.data, weights=extractor.weights, library=LIBRARY)
     if path.exists():
-        fault = "they are of other data, weights or library"
+        fault = "they are of other samples, data, weights or library"
         try:
-            found = load_results(path).runs["scores"]
-            if all(kind.items() <= vars(r).items() for r in found.values()):
+            kept = load_results(path)
+            found = kept.runs["scores"]
+            same = kept.about.get("identity") == identity
+            if same and all(kind.items() <= vars(r).items() for r in found.values()):
                 return found
         except (ValueError, KeyError, TypeError) as e:
             fault = f"the file is damaged ({e})"
         warnings.warn(f"the scores in {path.name} are made again: {fault}")
     found = make()
-    save_results(path, {"scores": found})
+    save_results(path, {"scores": found}, identity=identity)
     return found
 
 
@@ -457,7 +462,8 @@ def noise(self: Evaluation) -> dict[str, Result]:
         return self.measure(self.see(x, progress=self.n > 5000), seed)
 
     path = self.out / "samples" / f"noise-n{self.n}-seed{seed}-{e.name}-{e.weights[:8]}.json"
-    return remembered(path, make, e, self.reference)
+    identity = dict(samples="noise", n=self.n, seed=seed)
+    return remembered(path, make, identity, e, self.reference)
 
 
 @patch
@@ -495,7 +501,7 @@ def score(self: Evaluation, samples: Samples, steps: int, x: torch.Tensor) -> di
         return found | {"copies": copies(memorisation(g, self.reference), found["diversity"])}
 
     path = samples.path(f"steps{steps}-{e.name}-{e.weights[:8]}.json")
-    return remembered(path, make, e, self.reference)
+    return remembered(path, make, {**samples.identity, "steps": steps}, e, self.reference)
 
 
 @patch
@@ -580,8 +586,13 @@ def shown(self: Evaluation, subject: Subject, steps: int) -> torch.Tensor:
 
 @patch
 def paper_table(self: Evaluation) -> list[dict]:
-    "The paper's rows of this data, then what is measured after 1, 2 and 1000 steps, for `markdown`."
-    number = 2 if self.subjects[0].config.data == "imagenet64" else 1
+    """The paper's rows of this data, then what is measured after 1, 2 and 1000 steps, for `markdown`.
+
+    Empty where the paper has no table of these images.
+    """
+    number = {"cifar10": 1, "imagenet64": 2}.get(self.subjects[0].config.data)
+    if number is None:
+        return []
     paper = [r for r in PAPER if r.table == number and r.method == "DDDM(T=1000)"]
     printed = {"FID", "IS", self.distance, *(("precision", "recall") if number == 2 else ())}
     measured, seed = [], self.seeds[0]

@@ -101,6 +101,11 @@ def frechet_bias(constant: float, n: int, n_reference: int | None = None) -> flo
     """
     return (1 / n + (1 / n_reference if n_reference else 0)) * constant
 
+
+def frechet_floor(reference: Features, n: int) -> float:
+    "What n real images would be expected to score against the reference: `frechet_bias` of its covariance."
+    return frechet_bias(bias_constant(reference.eigenvalues), n, len(reference))
+
 # %% ../nbs/10a_metrics.ipynb #10a-metrics-019
 def inception_score(logits: torch.Tensor, splits: int = 10) -> Score:
     r"""$\exp E_x\,\mathrm{KL}(p(y|x)\,\|\,p(y))$ of class scores [n, K], by torch-fidelity.
@@ -179,13 +184,9 @@ def pairwise_distance(features: torch.Tensor, most: int = 2000) -> float:
 
 
 def mean_shift(generated: Features, reference: Features) -> Measured:
-    r"""Distance of the mean image from the data's: root mean square over pixels in [-1, 1].
-
-    Real images would give $\sqrt{\overline{\sigma^2}(1/n+1/N)}$.
-    """
+    "Distance of the mean image from the data's: root mean square over pixels in [-1, 1]."
     shift = (generated.mean - reference.mean).square().mean().sqrt()
-    expected = reference.variance.mean() * (1 / len(generated) + 1 / len(reference))
-    return Measured(shift.item(), expected.sqrt().item())
+    return Measured(shift.item(), mean_shift_floor(reference, len(generated)))
 
 
 def confident(features: Features, p: float = 0.9) -> float:
@@ -195,6 +196,11 @@ def confident(features: Features, p: float = 0.9) -> float:
     return (class_probabilities(features).amax(1) >= p).double().mean().item()
 
 # %% ../nbs/10a_metrics.ipynb #10a-metrics-032
+def mean_shift_floor(reference: Features, n: int) -> float:
+    r"The mean shift that n real images would be expected to have: $\sqrt{\overline{\sigma^2}(1/n+1/N)}$."
+    return (reference.variance.mean() * (1 / n + 1 / len(reference))).sqrt().item()
+
+
 def class_probabilities(features: Features) -> torch.Tensor:
     "What the extractor's classifier says of each image, [n, K]; `ValueError` where it is none."
     if features.logits is None:
@@ -221,6 +227,16 @@ def check_same_extractor(a: Features, b: Features) -> None:
         x, y = tuple(a.mean.shape), tuple(b.mean.shape)
         raise ValueError(f"images are {x} on one side and {y} on the other (C, H, W)")
 
+
+def distance_limit(distance: torch.Tensor, features: torch.Tensor, level: float) -> float:
+    """The `level` quantile of real images' distances [n] to their nearest one among features [N, D].
+
+    Duplicates, whose distance is zero but for rounding, are left out; where all are such, it is the rounding.
+    """
+    rounding = 1e-5 * features.double().norm(dim=1).mean()  # one image, seen in two batches, differs by less
+    apart = distance[distance > rounding]
+    return (apart.quantile(level) if len(apart) else rounding).item()
+
 # %% ../nbs/10a_metrics.ipynb #10a-metrics-035
 def nearest(x: torch.Tensor, y: torch.Tensor, own: torch.Tensor | None = None) -> Nearest:
     """For each row of x [n, D] the nearest row of y [N, D].
@@ -243,7 +259,8 @@ def memorisation(
     """How many samples are copies of training images.
 
     The limit is the `level` quantile of held-out images' distances to their nearest training image. Without
-    `heldout` it is that of up to 2,000 training images' distances to their nearest other one.
+    `heldout` it is that of up to 2,000 training images' distances to their nearest other one. Duplicates do
+    not count: see `distance_limit`.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level}: must lie between 0 and 1")
@@ -254,7 +271,7 @@ def memorisation(
         real = nearest(training.features[own], training.features, own)
     else:
         real = nearest(heldout.features, training.features)
-    limit = real.distance.quantile(level).item()
+    limit = distance_limit(real.distance, training.features, level)
     found = nearest(generated.features, training.features)
     return Memorisation((found.distance < limit).double().mean().item(), level, limit, *found)
 
@@ -395,7 +412,7 @@ def frechet_of(g: Features, r: Features) -> Measured:
     Warns where there are fewer images than dimensions. Raises `ValueError` for pixels.
     """
     refuse_pixels(g.extractor)
-    floor, D = frechet_bias(bias_constant(r.eigenvalues), len(g), len(r)), g.features.shape[1]
+    floor, D = frechet_floor(r, len(g)), g.features.shape[1]
     if min(len(g), len(r)) <= D:
         warnings.warn(
             f"{g.distance} of {len(g)} samples against {len(r)} images in {D} dimensions is mostly bias: "

@@ -206,7 +206,10 @@ def colours_of(names: list[str]) -> dict[str, str]:
 
 
 def groups_of(rows: list[Row], config: dict | None = None) -> dict[str, list[str]]:
-    "{title: names of variants}: the groups of objectives, or for a study of other sets one panel a set."
+    """{title: names of variants}: the groups of objectives, or for a study of other sets one panel a set.
+
+    All variants in one where no group has any of them.
+    """
     sets = (config or {}).get("sets", {"objectives": []})
     groups = {title: list(group) for title, group in GROUPS.items()} if "objectives" in sets else {}
     for title, names in sets.items():
@@ -215,9 +218,9 @@ def groups_of(rows: list[Row], config: dict | None = None) -> dict[str, list[str
             groups |= {f"{title}: {k}": [name for name in names if name.startswith(f"{k}, ")] for k in kinds}
         elif title != "objectives":
             groups[title] = list(names)
-    there = {row.variant for row in rows}
+    there = dict.fromkeys(row.variant for row in rows)
     kept = {title: [name for name in names if name in there] for title, names in groups.items()}
-    return {title: names for title, names in kept.items() if names}
+    return {title: names for title, names in kept.items() if names} or {"all variants": list(there)}
 
 # %% ../nbs/11c_results.ipynb #12-study-015-part0
 def panels(count: int, ylabel: str, xlabel: str):
@@ -237,6 +240,12 @@ def panels(count: int, ylabel: str, xlabel: str):
     return fig, list(axes.flat[:count])
 
 
+def rows_with(metric: str, rows: list[Row]) -> list[Row]:
+    "The rows of a metric; `ValueError` with the metrics that there are where none has it."
+    refuse_unknown("metric", metric, sorted({row.metric for row in rows}))
+    return select(rows, "any", metric=metric)
+
+
 def draw_line(ax, points: dict[int, list[float]], colour: str, name: str, style: str = "-") -> None:
     "Means {x: values of the seeds} with a band from smallest to largest; hollow marks have fewer seeds."
     most = max(map(len, points.values()))
@@ -252,10 +261,12 @@ def draw_line(ax, points: dict[int, list[float]], colour: str, name: str, style:
 def plot_steps(rows: list[Row], groups: dict | None = None, metric: str = "fd", real: float | None = None):
     """A figure: a metric against the number of sampling steps.
 
-    groups: {title: names of variants}, a panel each; None is those of the objectives. Lines are means, bands
-    reach from the smallest seed to the largest; broken lines are other samplers than algorithm 2's. real: a
-    dotted line, what as many real images would score.
+    groups: {title: names of variants}, a panel each; None is those of the objectives, or all in one. Lines
+    are means, bands reach from the smallest seed to the largest; broken lines are other samplers than
+    algorithm 2's. real: a dotted line, what as many real images would score. `ValueError` for a metric that
+    no line has.
     """
+    rows = rows_with(metric, [row for row in select(rows) if row.sampler])
     groups = groups or groups_of(rows)
     fig, axes = panels(len(groups), "Fréchet distance" if metric == "fd" else metric, "sampling steps")
     for ax, (title, names) in zip(axes, groups.items()):
@@ -282,11 +293,13 @@ def finish_panel(ax, title: str, real: float | None) -> None:
         ax.axhline(real, color="black", ls=":", lw=1)
     ax.set_yscale("log")
     ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=8)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=8)
 
 
 def plot_course(rows: list[Row], groups: dict | None = None, metric: str = "fd", real: float | None = None):
     "A figure like that of `plot_steps`: the metric of one-step samples against the training steps."
+    rows = rows_with(metric, [row for row in rows if row.training_step is not None])
     groups = groups or groups_of(rows)
     fig, axes = panels(len(groups), "Fréchet distance, one step", "training steps")
     for ax, (title, names) in zip(axes, groups.items()):

@@ -23,7 +23,16 @@ from .config import TrainConfig
 from .data import Images
 from .evaluation import EXTRACTORS
 from .extractors import LIBRARY, Extractor, Features, extract, load_extractor, reference_features
-from .metrics import class_counts, copied_noise, energy_distance, measure, memorisation
+from dddm.metrics import (
+    class_counts,
+    confident,
+    copied_noise,
+    energy_distance,
+    frechet_floor,
+    mean_shift_floor,
+    measure,
+    memorisation,
+)
 from .objectives import OBJECTIVES, Batch, estimate_of, needs_store, network_estimate
 from .passes import load_images, open_distance, open_store
 from .presets import PRESETS, one_step, preset
@@ -303,10 +312,22 @@ def check_study(study: Study) -> None:
         if len(set(entries)) < len(entries):
             raise ValueError(f"{what} {entries}: one comes twice")
     check_overrides(study)
-    check_count("n", study.n)
+    check_measurement(study)
     check_tolerance(study.tolerance, "iterate")
     for variant in study.variants:
         check_variant(variant, study.config(variant, study.seeds[0]).T, step_counts(study.steps))
+
+
+def check_measurement(study: Study) -> None:
+    "`ValueError` for an extractor or a number of samples that the metrics of `score` cannot do with."
+    check_count("n", study.n)
+    if study.n < 4:
+        raise ValueError(f"n={study.n}: precision and recall need the third neighbour, so take 4 or more")
+    if study.extractor == "pixels":
+        raise ValueError(
+            "extractor='pixels': a study has the Fréchet distance, and pixels have none; "
+            "take None or the name of a network"
+        )
 
 
 def check_variant(variant: Variant, T: int, steps: list[int]) -> None:
@@ -343,6 +364,11 @@ class Inputs(NamedTuple):
     images: Images
     reference: Features
 
+    @property
+    def know_classes(self) -> bool:
+        "Whether the extractor's classes are the data's; of inception's none are kept."
+        return self.reference.logits is not None
+
 
 def open_inputs(study: Study) -> Inputs:
     "The extractor, the data and its features. Any file that is missing, also a distance's, is missed here."
@@ -370,13 +396,13 @@ ENERGY_IMAGES = 2000  # its cost grows with their square
 def score(x: torch.Tensor, seed: int, inputs: Inputs) -> dict[str, tuple[float, int]]:
     "{metric: (value, number of images)} of samples x [n, C, H, W]."
     found = extract(x, inputs.extractor, progress=False)
-    metrics = ("fd", "precision", "recall", "diversity", "mean shift", "confident")
-    metrics = metrics if inputs.extractor.has_classes else metrics[:-1]
+    metrics = ("fd", "precision", "recall", "diversity", "mean shift")
+    metrics += ("confident",) * inputs.know_classes
     names = {found.distance: "fd", "mean shift": "mean_distance"}
     measured = measure(found, inputs.reference, metrics, seed=seed)
     scores = {names.get(name, name): result.value for name, result in measured.items()}
     scores["copies"] = memorisation(found, inputs.reference).share
-    if inputs.extractor.has_classes:
+    if inputs.know_classes:
         scores["classes"] = int((class_counts(found) > 0).sum())
     x_T, first = draws(seed, range(len(x)), x.shape[1:])
     scores |= dict(copied_x_T=copied_noise(x, x_T), copied_estimate=copied_noise(x, first))
@@ -390,11 +416,9 @@ def score(x: torch.Tensor, seed: int, inputs: Inputs) -> dict[str, tuple[float, 
 
 def real_scores(study: Study, inputs: Inputs) -> dict[str, float]:
     "What as many real images would be expected to score, where that is known."
-    some = extract(some_images(inputs.images, study.n, 100), inputs.extractor, progress=False)
-    metrics = ("fd", "mean shift", *(("confident",) if inputs.extractor.has_classes else ()))
-    names = {some.distance: "fd", "mean shift": "mean_distance"}
-    measured = measure(some, inputs.reference, metrics)
-    return {names.get(name, name): result.floor for name, result in measured.items()} | {"diversity": 1.0}
+    r, n = inputs.reference, study.n
+    found = dict(fd=frechet_floor(r, n), mean_distance=mean_shift_floor(r, n), diversity=1.0)
+    return found | (dict(confident=confident(r)) if inputs.know_classes else {})
 
 # %% ../nbs/12_study.ipynb #12-study-037
 def data_posterior_mean(images: Images, x_t, signal, noise, label=None) -> torch.Tensor:
@@ -471,7 +495,9 @@ NOT_ASKED = ("data_path", "checkpoint_every", "log_every", "sampler")
 def request(study: Study, variant: Variant, seed: int, extractor: Extractor) -> dict:
     "What the rows of a variant depend on, but for samplers and numbers of steps."
     config = without(study.config(variant, seed).to_dict(), *NOT_ASKED)
-    return dict(config=config, n=study.n, extractor=extractor.name, weights=extractor.weights)
+    tolerance = study.tolerance if "iterate" in variant.samplers else None
+    asked = dict(n=study.n, extractor=extractor.name, weights=extractor.weights, tolerance=tolerance)
+    return dict(config=config, **asked)
 
 # %% ../nbs/12_study.ipynb #12-study-039-part0
 class VariantFile:
@@ -655,6 +681,7 @@ def results_config(study: Study, inputs: Inputs, files: list[VariantFile]) -> di
         epochs=fields["epochs"],
         batch=fields["batch"],
         n=study.n,
+        tolerance=study.tolerance,
         reference_n=len(inputs.images),
         extractor=inputs.extractor.name,
         weights=inputs.extractor.weights,

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .checks import check_count, refuse_unknown
 from .colours import COLOURS, PALETTE
 from .data import Images
+from .evaluation import EXTRACTORS
 from .extractors import extract, load_extractor, reference_features
 from .features import FEATURES
 from .metrics import measure, nearest
@@ -344,12 +345,18 @@ def distance_to_data(trajectory: Trajectory, data: Images) -> Curve:
     return Curve(trajectory.kept(), values, real_spacing(data))
 
 
+def own_extractor(data: Images) -> str | None:
+    "The feature network of these images, by their name and shape; None where there is none."
+    name = EXTRACTORS.get(data.name)
+    return name if name and tuple(data.shape) == FEATURES[name]["shape"] else None
+
+
 def frechet_distances(trajectory: Trajectory, data: Images) -> Curve:
     "The Fréchet distance to `data` at each kept step, and what as many real images would score."
-    extractor = load_extractor(data.name, device="cpu")
+    extractor = load_extractor(own_extractor(data), device="cpu")
     real = reference_features(data, extractor, cache=False, progress=False)
     features = (extract(trajectory.samples(s), extractor, progress=False) for s in trajectory.kept())
-    found = [measure(f, real)[f"FD-{data.name}"] for f in features]
+    found = [measure(f, real)[real.distance] for f in features]
     return Curve(trajectory.kept(), [f.value for f in found], found[0].floor)
 
 
@@ -359,9 +366,9 @@ def curves(trajectory: Trajectory, data: Images | None = None) -> dict[str, Curv
     if data is None:
         return found
     found["distance to the nearest data image"] = distance_to_data(trajectory, data)
-    enough = data.name in FEATURES and trajectory.n > FEATURES[data.name]["dimension"]
-    if enough and all_classes(trajectory):
-        found[f"FD-{data.name}, {trajectory.n} images"] = frechet_distances(trajectory, data)
+    name = own_extractor(data)
+    if name and trajectory.n > FEATURES[name]["dimension"] and all_classes(trajectory):
+        found[f"FD-{name}, {trajectory.n} images"] = frechet_distances(trajectory, data)
     return found
 
 # %% ../nbs/12b_trajectories.ipynb #13-explore-curves

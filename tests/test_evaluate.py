@@ -132,6 +132,25 @@ def test_interrupted_and_damaged_ends_in_the_numbers_of_the_library(root, run, t
                 ), name
 
 
+def test_samples_in_another_precision_are_scored_anew(run, tmp_path):
+    "The second evaluation makes its samples again, so the scores of the first are not theirs."
+    options = dict(steps=[2], n=80, seeds=[0], device="cpu", out=tmp_path)
+    exact = open_evaluation([run], **options, precision="float32")
+    rough = open_evaluation([run], **options, precision="bfloat16")
+    list(exact.run())
+    with pytest.warns(UserWarning, match="of other samples, data, weights or library"):
+        list(rough.run())
+    x = rough.samples(rough.subjects[0], 0).read(2)
+    fresh = evaluate(x, digits(), "digits", "fd", seed=0, device="cpu", cache=False, progress=False)
+    scores = rough.scores["tiny", 2, 0]
+    assert scores["FD-digits"].value == pytest.approx(fresh["FD-digits"].value, rel=1e-6)
+    assert scores["FD-digits"].value != pytest.approx(exact.scores["tiny", 2, 0]["FD-digits"].value, rel=1e-6)
+    again = open_evaluation([run], **options, precision="bfloat16")
+    list(again.run())
+    assert again.scores == rough.scores
+    assert again.paper_table() == []  # it has no digits
+
+
 @pytest.mark.slow
 def test_two_runs_with_another_sampler(root, run, tmp_path):
     "Several runs side by side, each with the sampler of its objective, one table for all."

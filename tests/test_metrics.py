@@ -323,6 +323,17 @@ def test_confident_and_memorisation(net, x):
         memorisation(f, g, level=0)
 
 
+@pytest.mark.parametrize("twice", [200, 400])
+def test_copies_are_found_among_data_with_duplicates(net, x, twice):
+    "Half of the images come twice, or all: who returns them makes copies alone, fresh images are none."
+    data = extract(torch.cat([x[:400], x[:twice]]), net)
+    copier, fresh = extract(x[:400], net, batch_size=37), extract(x[400:800], net)
+    assert memorisation(copier, data).share == 1.0
+    once = memorisation(fresh, extract(x[:400], net))
+    found = memorisation(fresh, data)
+    assert found.share <= once.share + 0.05 and (found.distance / found.limit).isfinite().all()
+
+
 MEMORY = """
 import resource, sys, torch
 from dddm import extractors, metrics

@@ -4,11 +4,13 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import dddm.study as study_room
 from dddm.data import load
+from dddm.extractors import load_extractor, to_bytes
 from dddm.presets import preset
 from dddm.results import (
     Row,
@@ -93,6 +95,24 @@ def test_tables_and_figures_take_any_results(finished):
     assert one_step_samples(study, 3)["consistency"].shape == (3, 1, 8, 8)
 
 
+def test_figures_of_any_variants_and_metrics(finished):
+    "Variants of no group share a panel, a line without the metric is left out, a metric of no line refused."
+    _, found = finished
+    other = [row._replace(variant=f"T = {row.variant}") for row in found.rows]
+    for draw in (plot_steps, plot_course):
+        (panel,) = draw(other).axes
+        assert panel.get_title() == "all variants" and panel.get_legend() is not None
+        with pytest.raises(ValueError, match="metric 'fid' is unknown; did you mean 'fd'"):
+            draw(found.rows, metric="fid")
+    some = [row for row in found.rows if (row.variant, row.metric) != ("paper", "energy")]
+    one, empty = plot_steps(some, {"a": NAMES, "b": ["paper"]}, "energy").axes
+    assert [text.get_text() for text in one.get_legend().get_texts()] == [
+        "consistency",
+        "consistency + renoise",
+    ]
+    assert empty.get_legend() is None
+
+
 def test_rows_read_back(tmp_path, finished):
     _, found = finished
     save_rows(tmp_path / "new" / "again.json", found.config, found.rows, found.provenance)
@@ -131,7 +151,7 @@ def test_a_killed_study_goes_on(tmp_path, monkeypatch, finished, function, calls
 
 def test_further_steps_are_measured_on_the_run_that_is_there(tmp_path, finished, monkeypatch):
     whole, found = finished
-    longer = replace(whole, steps=(1, 2, 5), tolerance=2e-6)
+    longer = replace(whole, steps=(1, 2, 5))
     before = {path: path.stat().st_mtime_ns for path in whole.out.glob("*/checkpoints/*/manifest.json")}
 
     def refused(*arguments, **more):
@@ -154,6 +174,38 @@ def test_another_request_is_refused(finished):
         replace(whole, n=32).run()
     with pytest.raises(ValueError, match=r"was made otherwise \(epochs: 2 there, 3 here\)"):
         replace(whole, epochs=3).run()
+    with pytest.raises(ValueError, match="tolerance: None there, 2e-06 here"):
+        replace(whole, tolerance=2e-6).run()
+
+
+def test_a_study_with_inception_asks_no_class_scores(tmp_path, monkeypatch):
+    "It has two outputs, as our classifiers have, but ImageNet's classes are not those of the data."
+    stand_in = replace(load_extractor("digits", device="cpu"), name="inception", named=False)
+    monkeypatch.setattr(study_room, "load_extractor", lambda which: stand_in)
+    study = tiny(
+        tmp_path / "runs", variants=chosen_variants(names=["regression"]), steps=(1,), n=10, tolerance=0.1
+    )
+    study.run()
+    found = study.gather(tmp_path / "results.json")
+    metrics = {row.metric for row in found.rows}
+    assert {"fd", "copies", "energy"} < metrics and not {"confident", "classes"} & metrics
+    assert found.config["tolerance"] == 0.1  # DDIM has none, so its file does not ask for it
+    assert json.loads((study.out / "regression-0.json").read_text())["request"]["tolerance"] is None
+    assert list(found.config["real"]) == ["fd", "mean_distance", "diversity"]
+
+
+@pytest.mark.parametrize("n", [1000, 20_000])
+def test_real_images_score_what_n_of_them_would(tmp_path, n):
+    "The floors are those of the number of samples, also where there are fewer images than that."
+    study = tiny(tmp_path / "runs", n=n)
+    inputs = study_room.open_inputs(study)
+    found = study_room.real_scores(study, inputs)
+    x, net = load("digits").get(torch.arange(1797))[0].double(), load_extractor("digits", device="cpu")
+    l = np.linalg.eigvalsh(np.cov(net(to_bytes(x)).features.double().numpy(), rowvar=False)).clip(1e-12)
+    bracket = 1.25 * l.sum() + 0.5 * sum(a * b / (a + b) for a in l for b in l)
+    assert found["fd"] == pytest.approx((1 / n + 1 / 1797) * bracket, rel=1e-3)
+    shift = (x.var(0).mean().item() * (1 / n + 1 / 1797)) ** 0.5
+    assert found["mean_distance"] == pytest.approx(shift, rel=1e-3)  # images are seen as bytes
 
 
 def test_files_of_before_a_field_existed_are_read(finished, tmp_path):
@@ -162,7 +214,7 @@ def test_files_of_before_a_field_existed_are_read(finished, tmp_path):
     shutil.copytree(whole.out, tmp_path / "old")
     for path in (tmp_path / "old").glob("*.json"):
         kept = json.loads(path.read_text())
-        del kept["request"]["config"]["sigma_data"]
+        del kept["request"]["config"]["sigma_data"], kept["request"]["tolerance"]
         rows = [Row(*values) for values in kept["rows"]]
         write_rows(path, rows, dict(request=kept["request"]), dict(provenance=kept["provenance"]))
     assert set(replace(whole, out=tmp_path / "old").gather(tmp_path / "again.json").rows) == set(found.rows)
@@ -184,6 +236,8 @@ def test_gather_of_nothing(tmp_path):
         (dict(steps=()), "at least one entry each"),
         (dict(seeds=(0, 0)), "one comes twice"),
         (dict(n=0), "n=0: must be an integer >= 1"),
+        (dict(n=3), "n=3: precision and recall need"),
+        (dict(extractor="pixels"), "extractor='pixels': a study has the Fréchet distance"),
         (dict(tolerance="small"), "tolerance='small': must be None"),
         (dict(variants=[]), "at least one entry each"),
         (dict(variants=[Variant("a", dict(objectiv="paper"), ("iterate",))]), "did you mean 'objective'"),

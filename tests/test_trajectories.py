@@ -10,7 +10,7 @@ from small_models import Halving, halving, random_model
 
 from dddm import config, presets, trajectories
 from dddm.colours import PALETTE
-from dddm.data import digits
+from dddm.data import Images, digits
 from dddm.model import DDDM
 from dddm.pictures import grid
 from dddm.sampling import ddim
@@ -87,6 +87,18 @@ def test_curves_of_a_class_are_not_compared_with_all_digits():
     every, fours = (trajectories.Trajectory(model, n=66, label=label, steps=2).run() for label in (None, 4))
     titles = [list(trajectories.curves(t, digits())) for t in (every, fours)]
     assert titles[0] == titles[1] + ["FD-digits, 66 images"] and len(titles[1]) == 2
+
+
+@pytest.mark.parametrize(
+    "name, shape, title", [("mnist", (1, 32, 32), None), ("cifar10", (3, 32, 32), "FD-cifar, 257 images")]
+)
+def test_the_feature_network_is_that_of_the_images(name, shape, title):
+    "CIFAR-10 has its own under another name; images of another size have none, whatever their folder's name."
+    pixels = torch.randint(0, 256, (300, *shape), generator=torch.Generator().manual_seed(0))
+    data = Images(pixels.byte(), None, name, "made here")
+    found = trajectories.curves(trajectories.Trajectory(halving(shape=shape), n=257, steps=1).run(), data)
+    assert list(found)[2:] == [title] * (title is not None)
+    assert title is None or min(found[title].values) > 0
 
 
 def test_two_lines_never_have_the_same_colour():
