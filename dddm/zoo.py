@@ -217,8 +217,8 @@ def write_model(model: "Pretrained", folder: Path) -> None:
 SHIPPED = {  # name: sha256 of model.safetensors
     "digits-paper": "d8879e09cbe2b314bf1089a9f10d549cb158ed3275bd2eaae8971a4ad3ea1701",
     "digits-one-step": "67dc606b54949914683e7209a0cd3817dd3f69b70169eaa975dc36f1da5249d0",
-    "mnist-paper": "ed523f6a172b1a95d527de7d8d0955366f8bb00953097d6ffe5575ace11b48b2",
-    "mnist-one-step": "8bec89fcb9813c4712ca727cf05f3ee6a5ef69100e72ac822b31ae0acdb406d9",
+    "mnist-paper": "87095adb3ee932f94652299f66e1a42a0a4bbe295f1fbb8fd08db8bf74e72be4",
+    "mnist-one-step": "93eb732f658297dd8260222da5319c9d8730444fc069fe66443ed2c5f1a79c89",
 }
 
 # %% ../nbs/11a_zoo.ipynb #11a-zoo-015
