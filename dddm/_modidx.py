@@ -810,7 +810,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dddm.training.accumulate': ('training.html#accumulate', 'dddm/training.py'),
                                'dddm.training.announce': ('training.html#announce', 'dddm/training.py'),
                                'dddm.training.check_world': ('training.html#check_world', 'dddm/training.py'),
-                               'dddm.training.drop_grids': ('training.html#drop_grids', 'dddm/training.py'),
                                'dddm.training.end': ('training.html#end', 'dddm/training.py'),
                                'dddm.training.exchange_flags': ('training.html#exchange_flags', 'dddm/training.py'),
                                'dddm.training.grid_due': ('training.html#grid_due', 'dddm/training.py'),

@@ -483,8 +483,12 @@ def append_record(out: Path, kind: str, record: dict) -> None:
 def trim_history(out: Path, done: int, steps: int) -> int:
     """Drop lines after step `done` of a run of `steps` steps; returns the step of the last line that is left.
 
-    The closing line of a run that goes on is dropped, too, as is a line that a kill cut short.
+    The closing line of a run that goes on is dropped, too, as is a line that a kill cut short. So are grids
+    of samples of later steps: the run comes to those again, perhaps otherwise.
     """
+    for path in out.glob("samples/step-*.png"):
+        if (step_of(path.with_suffix("")) or 0) > done:
+            path.unlink()
     last = 0
     stays = lambda record: record["step"] <= done and not (record.get("closing") and done < steps)
     for kind in NUMBERS:

@@ -264,8 +264,7 @@ def restore(run: Run) -> bool:
     checkpoint = newest_checkpoint(run.out)
     if checkpoint is None:
         if run.main:
-            trim_history(run.out, 0, run.steps)  # lines of a run that was killed before its first checkpoint,
-            drop_grids(run, 0)  # pictures
+            trim_history(run.out, 0, run.steps)  # what a run that was killed before its first checkpoint left
         if run.store is not None:
             run.store.clear()  # and rows
         return False
@@ -287,15 +286,7 @@ def restore(run: Run) -> bool:
     if run.main:
         run.sums.copy_(state["sums"])
         run.logged = trim_history(run.out, run.done, run.steps)
-        drop_grids(run, run.done)
     return True
-
-
-def drop_grids(run: Run, done: int) -> None:
-    "Remove the grids of later steps than `done`: the run comes to those steps again, perhaps otherwise."
-    for path in run.out.glob("samples/step-*.png"):
-        if (step := step_of(path.with_suffix(""))) is not None and step > done:
-            path.unlink()
 
 
 def check_world(run: Run, checkpoint: Path, world: int) -> None:
