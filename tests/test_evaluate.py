@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import nbformat
 import numpy as np
@@ -20,7 +21,7 @@ from synthetic_sets import make_mnist
 
 from dddm.config import TrainConfig
 from dddm.data import digits
-from dddm.evaluation import open_evaluation
+from dddm.evaluation import Evaluation, open_evaluation
 from dddm.metrics import check_kind, evaluate
 from dddm.presets import preset
 from dddm.runs import load
@@ -149,6 +150,15 @@ def test_samples_in_another_precision_are_scored_anew(run, tmp_path):
     list(again.run())
     assert again.scores == rough.scores
     assert again.paper_table() == []  # it has no digits
+
+
+@pytest.mark.parametrize("name, fid", [("cifar10", "2.90"), ("imagenet64", "4.21"), ("mnist", None)])
+def test_the_papers_rows_are_those_of_the_data(name, fid):
+    "One step of the paper's T = 1000, Tables 1 and 2; it has no table of other images."
+    subject = SimpleNamespace(config=preset(name), name="run", budget="")
+    about = dict(subjects=[subject], distance="FID", seeds=[0], steps=[1], scores={("run", 1, 0): {}})
+    found = [(r["NFE"], r["metric"], r["paper"]) for r in Evaluation.paper_table(SimpleNamespace(**about))]
+    assert found[:1] == ([(1, "FID", fid)] if fid else [])
 
 
 @pytest.mark.slow
