@@ -583,7 +583,7 @@ def shown(self: Evaluation, subject: Subject, steps: int) -> torch.Tensor:
     "A subject's samples of the first seed after so many steps, [n, C, H, W] in [-1, 1]."
     return decode(self.samples(subject, self.seeds[0]).read(steps))
 
-
+# %% ../nbs/11b_evaluation.ipynb #11b-evaluation-020c
 @patch
 def paper_table(self: Evaluation) -> list[dict]:
     """The paper's rows of this data, then what is measured after 1, 2 and 1000 steps, for `markdown`.

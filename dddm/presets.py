@@ -154,6 +154,7 @@ def preset(name: str, **overrides) -> TrainConfig:
     """The configuration called `name`, with fields of `TrainConfig` changed by `overrides`.
 
     `net` and `distance_options` are merged with the preset's: `net=dict(dropout=0.1)` changes dropout alone.
+    Another `distance` keeps what it takes of the preset's `c` and options, and drops the rest.
     Raises `ValueError` for an unknown preset or field (it lists the known ones and suggests the nearest), and
     for impossible values. Warns where `objective` alone becomes "meanflow".
     """

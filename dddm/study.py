@@ -389,7 +389,7 @@ def classes_in_turn(config: TrainConfig, n: int) -> torch.Tensor | None:
     "Classes 0, 1, … in turn for n samples of a class-conditional model: long [n]; else None."
     return None if config.classes is None else torch.arange(n) % config.classes
 
-
+# %% ../nbs/12_study.ipynb #12-study-035c
 ENERGY_IMAGES = 2000  # its cost grows with their square
 
 

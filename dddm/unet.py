@@ -400,7 +400,7 @@ def as_tuple(value):
     "A list as a tuple; anything else as it is, for `check_config` to look at."
     return tuple(value) if isinstance(value, list) else value
 
-
+# %% ../nbs/05_unet.ipynb #05-unet-038c
 def check_config(
     shape,
     base,
