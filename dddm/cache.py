@@ -23,7 +23,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from .checks import progress_file
-from .decoding import SKIP_HINT
+from .decoding import SKIP_HINT, UNREAD
 from .sources import Source
 
 # %% ../nbs/07c_cache.ipynb #07c-cache-006
@@ -58,7 +58,7 @@ def write_pixels(file, source: Source, on_error: str) -> dict:
             bar.update(len(block.bad) + (0 if block.pixels is None else len(block.pixels)))
             if block.pixels is None:
                 continue
-            file.write(block.pixels.tobytes())
+            file.write(block.pixels)
             sha256.update(block.pixels)
             count, shape = count + len(block.pixels), block.pixels.shape[1:]
             if block.labels is not None:
@@ -141,6 +141,8 @@ def find_difference(meta: dict, origin: dict, source: Source) -> str:
         return "another version wrote it"
     if meta["origin"] != origin:
         return "the files it was made from have changed"
+    if any(reason.startswith(UNREAD) for _, reason in meta["skipped"]):
+        return "some images could not be read then"
     same = meta["class_names"] == source.class_names and (meta["labels"] is None) == (source.classes is None)
     used = meta["shape"][0] + len(meta["skipped"]) == source.count
     return "" if same and used else "its images or classes are understood otherwise now"

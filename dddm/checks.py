@@ -155,3 +155,9 @@ def progress_file():
     "Where a progress bar writes: in a notebook a new `OneLine`, elsewhere stderr."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return sys.stderr if getattr(shell, "kernel", None) is None else OneLine()
+
+
+def print_any(text: str) -> None:
+    "Print a text of any characters, those that the terminal's encoding lacks as escapes."
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from .data import Images, flip, load
-from .features import FEATURES, FeatureNet
+from .features import FEATURES, FeatureNet, check_name
 from .store import whole_file
 
 # %% ../nbs/10d_classifiers.ipynb #10d-classifiers-006
@@ -99,6 +99,7 @@ def classifier_images(name: str, train=None, test=None) -> tuple[LabelledImages,
 
     train, test: where they lie, as `load` takes a path; `digits` needs none.
     """
+    check_name(name)
     if name == "digits":
         images, order = load("digits"), torch.randperm(1797, generator=torch.Generator().manual_seed(0))
         return LabelledImages(images, order[297:]), LabelledImages(images, order[:297])
@@ -131,7 +132,7 @@ def noise_images(n: int, shape, generator) -> torch.Tensor:
 
 
 def blended(x: torch.Tensor, target: torch.Tensor, n: int, generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """n weighted means of two of the images x [B, C, H, W], each with the same mean of their targets [B, 10].
+    """n weighted means of two of the images x [B, C, H, W], each with the same mean of their targets [B, K].
 
     The weight is uniform in [0, 1].
     """
@@ -140,9 +141,9 @@ def blended(x: torch.Tensor, target: torch.Tensor, n: int, generator) -> tuple[t
     return torch.lerp(x[b], x[a], w[..., None, None]), torch.lerp(target[b], target[a], w)
 
 
-def changed(x: torch.Tensor, labels: torch.Tensor, recipe: Recipe, generator):
-    "Images [B, C, H, W] and target probabilities [B, 10] of one step, from real ones, as the recipe says."
-    x, target = shifted(x, recipe.shift, generator), F.one_hot(labels, 10).float()
+def changed(x: torch.Tensor, labels: torch.Tensor, recipe: Recipe, generator, classes: int = 10):
+    "Images [B, C, H, W] and target probabilities [B, classes] of a step, from real ones, by the recipe."
+    x, target = shifted(x, recipe.shift, generator), F.one_hot(labels, classes).float()
     if recipe.mirror:
         x = flip(x, torch.rand(len(x), generator=generator) < 0.5)
     if recipe.grain:
@@ -150,7 +151,7 @@ def changed(x: torch.Tensor, labels: torch.Tensor, recipe: Recipe, generator):
         x = (x + sigma * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
     more = []
     if n := round(recipe.noise * len(x)):
-        more.append((noise_images(n, x.shape[1:], generator), torch.full((n, 10), 0.1)))
+        more.append((noise_images(n, x.shape[1:], generator), torch.full((n, classes), 1 / classes)))
     if n := round(recipe.blends * len(x)):
         more.append(blended(x, target, n, generator))
     x, target = (torch.cat(v) for v in zip((x, target), *more))
@@ -169,9 +170,10 @@ def class_scores(net, data: LabelledImages) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def confusion(net, data: LabelledImages) -> list[list[int]]:
-    "Counts [10, 10]: row the label, column what the network says."
+    "Counts [classes, classes]: row the label, column what the network says."
     logits, labels = class_scores(net, data)
-    return (labels * 10 + logits.argmax(1)).bincount(minlength=100).view(10, 10).tolist()
+    k = logits.shape[1]
+    return (labels * k + logits.argmax(1)).bincount(minlength=k * k).view(k, k).tolist()
 
 
 @torch.no_grad()
@@ -203,6 +205,8 @@ class Fit:
     "The training of one network: its optimizer, its random state and its history, kept in a checkpoint."
 
     def __init__(self, net, recipe: Recipe, train: LabelledImages, seed: int, checkpoint):
+        if recipe.batch > len(train.index):
+            raise ValueError(f"batch={recipe.batch} is larger than the {len(train.index)} training images")
         self.net, self.recipe, self.train = net.to(memory_format=torch.channels_last), recipe, train
         self.generator, self.history = torch.Generator().manual_seed(seed), []
         self.about = {**asdict(recipe), "seed": seed, "images": len(train.index)}
@@ -247,7 +251,7 @@ class Fit:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate_at(epoch * steps + step + 1, recipe.epochs * steps + 1, recipe.rate)
             real = self.train.images.get(order[step * recipe.batch : (step + 1) * recipe.batch])
-            x, target = changed(*real, recipe, self.generator)
+            x, target = changed(*real, recipe, self.generator, self.net.head.out_features)
             loss = F.cross_entropy(self.net(x), target, label_smoothing=recipe.smoothing)
             self.optimizer.zero_grad()
             loss.backward()

@@ -279,12 +279,12 @@ def find_path(data, path, folder: Path, download: bool) -> Path:
         return find_unnamed(data, path)
     if path is None and data in CAN_FETCH:
         path = folder / "torchvision"
-        if not (path / KNOWN[data]["last_file"]).exists():
-            if not download:
-                raise FileNotFoundError(
-                    f"data={data!r} was not downloaded before and path is not given: {KNOWN[data]['source']}"
-                )
-            fetch(data, path)
+        if download:
+            fetch(data, path)  # which is done at once where torchvision finds it whole
+        elif not (path / KNOWN[data]["last_file"]).exists():
+            raise FileNotFoundError(
+                f"data={data!r} was not downloaded before and path is not given: {KNOWN[data]['source']}"
+            )
     if path is None or not expand(path).exists():
         raise FileNotFoundError(f"data='{data}', path={path}: not there. {KNOWN[data]['source']}")
     return idx_folder(data, expand(path)) if "class_names" in KNOWN[data] else expand(path)

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, pairwise
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -113,6 +113,9 @@ def decode_pixels(blob: bytes, size: int | None, channels: int | None) -> np.nda
     with image:
         if (bits := bit_depth(image, blob)) > 8:
             raise ValueError(f"{bits} bits a channel are more than 8; convert it as suits your data")
+        if image.format == "PNG" and isinstance(key := image.info.get("transparency"), int):
+            if (deep := blob[24]) in (2, 4) and image.mode == "L":  # Pillow scales the pixels, not the key
+                image.info["transparency"] = key * 255 // (2**deep - 1)
         image = on_white(apply_orientation(image))
         if image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr"):
             raise ValueError(f"pixel format {image.mode} is not 8 bits a channel")
@@ -189,29 +192,46 @@ def sort_decoded(names, labels, decoded: list, expected) -> Block:
     return Block(pixels, None if labels is None else labels[good], bad)
 
 
+UNREAD = "cannot be read"  # how a reason begins that lies in the disk or the permissions, not in the image
+BLOCK_BYTES = 2**27  # of decoded images that are held at a time
+
+
 def decode_files(
     read: Callable, names: list, labels, size=None, channels=None, expected=None, at_once: int = 1024
 ) -> Iterator[Block]:
     """Decode the image files `names` in threads, one for each core, as blocks of `at_once` images.
 
+    Large images come in smaller blocks, of `BLOCK_BYTES`.
     read(name) gives a file's bytes; labels: array [N] or None; size, channels: see `decode_image`.
     expected: the (C, H, W) of every image; None: the most frequent one in the first block that has any.
     """
 
     def try_decode(name):
         try:
-            return decode_image(read(name), size, channels)
+            blob = read(name)
+        except OSError as e:
+            return f"{UNREAD} ({type(e).__name__}: {e})"
+        except Exception as e:  # a damaged archive
+            return f"cannot be decoded ({type(e).__name__}: {e})"
+        try:
+            return decode_image(blob, size, channels)
         except Exception as e:  # Pillow raises many kinds
             return f"cannot be decoded ({type(e).__name__}: {e})"
 
-    first_alone = [1] if expected else []  # so that a wrong `expected` costs one image
-    edges = sorted({0, len(names), *first_alone, *range(at_once, len(names), at_once)})
+    def fitting(decoded) -> int:
+        largest = max((image.nbytes for image in decoded if not isinstance(image, str)), default=1)
+        return max(1, min(at_once, BLOCK_BYTES // largest))
+
+    first = next((image for image in map(try_decode, names[:16]) if not isinstance(image, str)), "")
+    start, step = 0, 1 if expected else fitting([first])  # a wrong `expected` costs one image
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # beyond 8, Python's own lock is the limit
-        for start, end in pairwise(edges):
-            part = names[start:end]
-            groups = [part[i : i + 32] for i in range(0, len(part), 32)]
+        while start < len(names):
+            end = min(start + step, len(names))
+            part, each = names[start:end], max(1, min(32, (end - start) // 8))
+            groups = [part[i : i + each] for i in range(0, len(part), each)]
             decoded = list(chain.from_iterable(pool.map(lambda group: [*map(try_decode, group)], groups)))
             shapes = Counter(image.shape for image in decoded if not isinstance(image, str))
             if expected is None and shapes:
                 expected = shapes.most_common(1)[0][0]
             yield sort_decoded(part, None if labels is None else labels[start:end], decoded, expected)
+            start, step = end, fitting(decoded)

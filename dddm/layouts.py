@@ -12,6 +12,7 @@ import hashlib
 import json
 import lzma
 import os
+import posixpath
 import re
 import shutil
 import stat
@@ -140,7 +141,7 @@ def list_zip(path: Path) -> Files:
         with archive.open(member[name]) as file:
             return file.read(limit)
 
-    images, others = split_by_suffix(n for n in names if not n.endswith("/"))
+    images, others = split_by_suffix(n for n in member if not n.endswith("/"))
     folders = [n.rstrip("/") for n in names if n.endswith("/") and is_visible(n)]
     return Files(images, folders, read, file_stamp(path), others)
 
@@ -208,7 +209,7 @@ def list_tar(path: Path) -> Files:
 
     Raises `ValueError` where it is not one, was cut short or unpacks to too much.
     """
-    places, folders, unpacking = {}, [], Unpacking(path)
+    places, folders, links, unpacking = {}, [], {}, Unpacking(path)
     try:
         with tarfile.open(path, tarinfo=StrictTarInfo) as tar:
             for entry in tar:
@@ -221,6 +222,8 @@ def list_tar(path: Path) -> Files:
                     places[name] = entry.offset_data, entry.size
                 if entry.islnk() and link in places:
                     places[name] = places[link]
+                if entry.issym() and is_visible(name):
+                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), link))
             while tar.fileobj.read(2**20):  # to its end, where a packed file has a checksum
                 unpacking.check_bytes(tar.fileobj.tell())
     except (tarfile.TarError, OversizedHeader, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
@@ -229,8 +232,14 @@ def list_tar(path: Path) -> Files:
             f"{path} is not a readable tar archive ({reason}); it may have been cut short: "
             "copy or download it again"
         ) from None
+    places |= {name: places[there] for name, there in links.items() if there in places}
+    lost = [
+        BadFile(name, f"is a link to {there}, which is no file in the archive")
+        for name, there in links.items()
+        if there not in places
+    ]
     images, others = split_by_suffix(places)
-    return Files(images, folders, TarReader(path, places), file_stamp(path), others)
+    return Files(images, folders, TarReader(path, places), file_stamp(path), others, lost)
 
 # %% ../nbs/07a_layouts.ipynb #07a-layouts-014
 def walk_folders(path: Path, unreadable: list) -> Iterator[tuple[str, list]]:

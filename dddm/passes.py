@@ -102,7 +102,7 @@ def check_data(config: TrainConfig, data: images.Images) -> None:
     if tuple(data.shape) != config.shape:
         raise ValueError(
             f"the images of {data.name} are {tuple(data.shape)}, the configuration has shape={config.shape}: "
-            "set shape, or resize=True"
+            f"set shape{', or resize=True' * (config.shape[1] == config.shape[2])}"
         )
     if config.batch > len(data):
         raise ValueError(
@@ -259,9 +259,9 @@ def open_run(
     world = accelerator.num_processes
     batches = epoch_batches(len(data), config.batch, config.seed, 0, world, config.drop_last)
     if accelerator.is_main_process:
-        open_directory(config, out, len(batches), resume, hold, back)
+        open_directory(config, out, len(batches), resume, hold, back, data.fingerprint)
         with whole_file(out / "data.txt") as part:
-            part.write_text(data.summary() + "\n")
+            part.write_text(data.summary() + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
     run = place_run(config, out, accelerator, data, d, model, len(batches))
     if run.store is not None and hold is not None:

@@ -85,6 +85,8 @@ def keep_images(rows: dict, path) -> None:
     if len(shapes) != 1:
         raise ValueError(f"the rows have images of the shapes {sorted(shapes)}; expected one, (C, H, W)")
     for name, x in rows.items():
+        if not len(x):
+            raise ValueError(f"row {name!r} has no image")
         check_finite(f"row {name!r}", x)
     packed = {}
     for name, x in rows.items():

@@ -22,6 +22,7 @@ from .checks import check_count, refuse_unknown
 from .config import TrainConfig
 from .data import Images, load, open_source
 from .losses import DISTANCES, pseudo_huber_c
+from .objectives import estimate_of
 
 # %% ../nbs/11_presets.ipynb #11-presets-005
 def every(log: int, checkpoint: int) -> dict:
@@ -156,11 +157,13 @@ def preset(name: str, **overrides) -> TrainConfig:
     `net` and `distance_options` are merged with the preset's: `net=dict(dropout=0.1)` changes dropout alone.
     Another `distance` keeps what it takes of the preset's `c` and options, and drops the rest.
     Raises `ValueError` for an unknown preset or field (it lists the known ones and suggests the nearest), and
-    for impossible values. Warns where `objective` alone becomes "meanflow".
+    for impossible values. Warns where `objective` alone becomes "meanflow", or becomes one whose
+    estimate the preset's network does not read.
     """
     refuse_unknown("preset", name, PRESETS)
     config = TrainConfig(**changed(PRESETS[name], overrides))
     warn_of_half_a_recipe(name, overrides)
+    warn_of_a_blind_network(config, overrides)
     return config
 
 # %% ../nbs/11_presets.ipynb #11-presets-019
@@ -173,6 +176,17 @@ def warn_of_half_a_recipe(name: str, overrides: dict) -> None:
             f"objective='meanflow' changes the objective of preset {name!r} alone. The recipe also sets "
             f"{', '.join(rest)} and c: take a preset such as 'digits-one-step', or "
             "dddm.presets.one_step(fields); or give distance_options to say that you mean it"
+        )
+
+
+def warn_of_a_blind_network(config: TrainConfig, overrides: dict) -> None:
+    "Warn where `overrides` give a recipe of MeanFlow an objective that feeds the network an estimate."
+    fed = estimate_of(config.objective, config.estimate) != "none"
+    if fed and config.net.get("estimate") == () and "estimate" not in overrides.get("net", {}):
+        warnings.warn(
+            f"objective={config.objective!r} feeds the network an estimate, and the network of this recipe "
+            "has no layer that reads one; its distance, c and rate are MeanFlow's, too. Take a preset such "
+            f"as 'digits', or give net=dict(estimate=({config.shape[-1]},)), resolutions at which it enters"
         )
 
 # %% ../nbs/11_presets.ipynb #11-presets-o2
@@ -262,6 +276,7 @@ def own_images(data, size: int | None = None, **overrides) -> TrainConfig:
     if "epochs" not in overrides:
         epochs = max(1, round(OWN_STEPS / max(1, len(images) // config.batch)))
         config = dataclasses.replace(config, epochs=epochs)
+    warn_of_a_blind_network(config, overrides)
     print(own_text(images, size, config))
     return config
 

@@ -91,8 +91,8 @@ def seal_checkpoint(temporary: Path, keep: int = 2) -> Path:
 
 def last_checkpoint_text(out: Path) -> str:
     "Which checkpoint a failed run can go on from, in words."
-    found = checkpoints(out / "checkpoints")
-    return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint had been saved before"
+    good = next((c for c in reversed(checkpoints(out / "checkpoints")) if damage(c) is None), None)
+    return f"the last good checkpoint is {good}" if good else "no good checkpoint had been saved before"
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-009
 def is_manifest(found) -> bool:
@@ -280,7 +280,7 @@ def check_directory(config: TrainConfig, out: Path, resume: bool = True) -> Trai
         try:
             read_config(out)
             return None
-        except ValueError:
+        except (FileNotFoundError, ValueError):
             pass
     if held:
         raise FileExistsError(f"{out} is not empty and holds no run; choose another directory")
@@ -354,6 +354,26 @@ def drop_checkpoints(out: Path, back: int) -> None:
         checkpoint.rename(dropped)
 
 
+def refuse_other_images(checkpoint: Path, there: str, here: str) -> None:
+    "`ValueError` where the images of a checkpoint have another fingerprint than these."
+    if there != here:
+        raise ValueError(
+            f"{checkpoint} was trained on other images than these (their fingerprints differ); "
+            "give the same data, or another directory"
+        )
+
+
+def check_images(found: list[Path], fingerprint: str) -> None:
+    "`ValueError` where the newest of these checkpoints that can be read was trained on other images."
+    for checkpoint in reversed(found):
+        try:
+            state = torch.load(checkpoint / "state.pt", map_location="cpu", mmap=True, weights_only=True)
+        except Exception:
+            continue  # damaged: `newest_checkpoint` says so
+        if state["data"] == fingerprint or damage(checkpoint) is None:
+            return refuse_other_images(checkpoint, state["data"], fingerprint)
+
+
 def open_directory(
     config: TrainConfig,
     out: Path,
@@ -361,11 +381,14 @@ def open_directory(
     resume: bool = True,
     hold: contextlib.ExitStack | None = None,
     back: int = 0,
+    fingerprint: str | None = None,
 ) -> None:
     """Check, lock and claim the directory `out` for a run; go back so many checkpoints.
 
     hold: an exit stack that gets the lock before anything in the directory is touched (None: no lock).
-    Raises `ValueError` where it holds more steps than `config.epochs` has, and what `claim_directory` raises.
+    fingerprint: of the images (None: any will do).
+    Raises `ValueError` where it holds more steps than `config.epochs` has, or steps on other images, and
+    what `claim_directory` raises.
     """
     check_directory(config, out, resume)
     if hold is not None:
@@ -379,6 +402,8 @@ def open_directory(
     if hold is not None:  # what writers that were killed had begun: nobody else writes here now
         for begun in [*out.glob(".*.part*"), *(out / "samples").glob(".*.part*")]:
             begun.unlink()
+    if fingerprint is not None:
+        check_images(checkpoints(out / "checkpoints")[: -back or None], fingerprint)
     drop_checkpoints(out, back)
     claim_directory(config, out, resume)
 

@@ -132,6 +132,17 @@ def times_down(T: int, steps: int) -> list[int]:
     return [round(T * (steps - k) / steps) for k in range(steps + 1)]
 
 
+def _answer(x, clamp: bool, step: int, steps: int):
+    """x, cut to [-1, 1] where `clamp`; an infinity becomes NaN, which no cut hides.
+
+    On the CPU `RuntimeError` where it is not finite. On a GPU, where looking means waiting, the end tells.
+    """
+    x = torch.where(x.isfinite(), x, torch.nan)
+    if x.device.type == "cpu":
+        refuse_bad(step * bool(x.isnan().any()), steps)
+    return x.clamp(-1, 1) if clamp else x
+
+
 def _down(model, x, steps: int, label, clamp: bool, x0, fresh: Callable | None = None):
     "`ddim` without its checks, or `renoise` where `fresh`(k) gives the noise [B, …] after step k."
     schedule, times = model.schedule, times_down(model.schedule.T, steps)
@@ -140,8 +151,7 @@ def _down(model, x, steps: int, label, clamp: bool, x0, fresh: Callable | None =
     with torch.inference_mode(), eval_mode(list(model.modules())):
         for k, (now, then) in enumerate(zip(times, times[1:])):
             t, s = (torch.full((len(x),), v, device=x.device) for v in (now, then))
-            x_hat = model(x0, x, t, label)
-            x_hat = x_hat.clamp(-1, 1) if clamp else x_hat
+            x_hat = _answer(model(x0, x, t, label), clamp, k + 1, steps)
             if then == 0:
                 break
             (a, b), (a_s, b_s) = schedule.signal_noise(t, x), schedule.signal_noise(s, x)
@@ -191,8 +201,7 @@ def _flow(model, x, steps: int, label, clamp: bool):
         start = model.schedule.angle(torch.full((len(x),), model.schedule.T, device=x.device), x)
         for k in range(steps):
             angle, below = start * (steps - k) / steps, start * (steps - k - 1) / steps
-            x = model.net.move(x, below, angle, label)
-        x = x.clamp(-1, 1) if clamp else x
+            x = _answer(model.net.move(x, below, angle, label), clamp and k == steps - 1, k + 1, steps)
     return x.clone()  # outside inference mode: an ordinary tensor
 
 # %% ../nbs/08_sampling.ipynb #08-sampling-m3

@@ -132,7 +132,8 @@ CIFAR10_FILES = [f"data_batch_{i}" for i in range(1, 6)]
 def read_cifar(path: Path) -> dict:
     "The contents of CIFAR-10's five training batches by name; `ValueError` naming those that are missing."
     if path.is_dir():
-        root = path if (path / CIFAR10_FILES[0]).exists() else path / "cifar-10-batches-py"
+        here = any((path / w).exists() for w in CIFAR10_FILES)
+        root = path if here else path / "cifar-10-batches-py"
         blobs = {w: (root / w).read_bytes() for w in CIFAR10_FILES if (root / w).exists()}
     else:
         files = list_tar(path)

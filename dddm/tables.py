@@ -67,8 +67,12 @@ def table(runs: dict[str, dict[str, Result]]) -> list[dict]:
     for label, results in runs.items():
         for name, r in results.items():
             check_kind(first.setdefault(name, r), r)
-        r = next(iter(results.values()))
-        seen = {"run": label, "n": f"{r.n:,}", "extractor": f"{r.extractor} {r.weights[:8]}"}
+        n, extractor = zip(*((f"{r.n:,}", f"{r.extractor} {r.weights[:8]}") for r in results.values()))
+        seen = {
+            "run": label,
+            "n": ", ".join(dict.fromkeys(n)),
+            "extractor": ", ".join(dict.fromkeys(extractor)),
+        }
         rows.append(seen | {name: f"{r.value:.4g}" for name, r in results.items()})
     return [{k: row.get(k, "") for k in ("run", "n", "extractor", *first)} for row in rows]
 
@@ -260,23 +264,24 @@ def beside_paper(paper: list[PaperRow], measured: list[Measurement]) -> list[dic
     """Lines for `markdown`: the paper's rows, then measured ones.
 
     The columns are method, NFE, metric, paper, measured, n, extractor and budget. A measured FID or IS of
-    50,000 samples (published Inception weights) whose method and NFE are a row's shares its line. All others
-    have their own.
+    50,000 samples (published Inception weights) whose method and NFE are those of one row shares its line.
+    All others have their own: where both of the paper's tables have such a row, none is guessed.
     """
     lines = {
-        (r.method, r.nfe, metric): paper_line(r, metric, value)
+        (r.table, r.method, r.nfe, metric): paper_line(r, metric, value)
         for r in paper
         for metric, field in PRINTED.items()
         if (value := getattr(r, field)) is not None
     }
     for method, nfe, r, budget in measured:
-        printed = lines.get((method, nfe, r.metric))
-        same = printed is not None and r.metric in ("FID", "IS") and r.n == 50_000
-        lines[(method, nfe, r.metric) if same else (method, nfe, r)] = dict(
+        rows = [key for key in lines if isinstance(key, tuple) and key[1:] == (method, nfe, r.metric)]
+        same = len(rows) == 1 and r.metric in ("FID", "IS") and r.n == 50_000
+        same = same and not lines[rows[0]]["measured"]  # the line of a first seed stays
+        lines[rows[0] if same else len(lines)] = dict(
             method=f"{method}, measured",
             NFE=nfe,
             metric=r.metric,
-            paper=printed["paper"] if same else "",
+            paper=lines[rows[0]]["paper"] if same else "",
             measured=f"{r.value:.4g}",
             n=f"{r.n:,}",
             extractor=f"{r.extractor} {r.weights[:8]}",

@@ -29,7 +29,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from . import data as images
-from .checks import progress_file
+from .checks import print_any, progress_file
 from .config import TrainConfig, draw, ema_decay, learning_rate, step_seed
 from dddm.passes import (
     Run,
@@ -52,6 +52,7 @@ from dddm.runs import (
     is_whole_png,
     last_checkpoint_text,
     newest_checkpoint,
+    refuse_other_images,
     seal_checkpoint,
     size_text,
     step_of,
@@ -270,11 +271,7 @@ def restore(run: Run) -> bool:
         return False
     state = torch.load(checkpoint / "state.pt", map_location=run.device, weights_only=True)
     check_world(run, checkpoint, state["world"])
-    if state["data"] != run.data.fingerprint:
-        raise ValueError(
-            f"{checkpoint} was trained on other images than these of {run.data.name} "
-            "(their fingerprints differ); give the same data, or another directory"
-        )
+    refuse_other_images(checkpoint, state["data"], run.data.fingerprint)
     run.model.load_state_dict(load_file(checkpoint / "model.safetensors"))
     run.ema.load_state_dict(load_file(checkpoint / "ema.safetensors"))
     run.optimizer.load_state_dict(state["optimizer"])
@@ -480,7 +477,7 @@ def announce(run: Run, progress: bool) -> None:
         return
     check_disk(run.out, 3 * checkpoint_bytes(run))
     if progress:
-        print(run.data.summary(), describe(run), sep="\n", flush=True)
+        print_any(f"{run.data.summary()}\n{describe(run)}")
 
 
 def show_speed(run: Run, bar: tqdm, record: dict, rate: float) -> None:
@@ -512,7 +509,7 @@ def main(argv=None) -> None:
     parser.add_argument("--back", type=int, nargs="?", const=1, default=0, metavar="K", help=back_help)
     args = parser.parse_args(argv)
     try:
-        config = TrainConfig.from_dict(json.loads(Path(args.config).read_text()))
+        config = TrainConfig.from_dict(json.loads(Path(args.config).read_text(encoding="utf-8")))
     except (OSError, ValueError) as e:
         parser.error(f"{args.config}: {e}")
     try:

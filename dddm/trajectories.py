@@ -53,8 +53,10 @@ def shown_steps(model, steps: int) -> list[int]:
 
 def check_steps(steps, model) -> list[int]:
     "The kept numbers of steps that `Trajectory` was asked for; `ValueError` where there are none such."
-    listed = isinstance(steps, (list, tuple))
-    kept = list(steps) if listed else log_steps(LONGEST[model.sampler] if steps is None else steps)
+    listed, most = isinstance(steps, (list, tuple)), LONGEST[model.sampler]
+    if model.sampler != "iterate":
+        most = min(most, model.schedule.T)
+    kept = list(steps) if listed else log_steps(most if steps is None else steps)
     if len(kept) < 2 or kept[0] != 0 or sorted(set(kept)) != kept:
         raise ValueError(
             f"steps={steps!r}: give a number of steps, or an ascending list of them that begins with 0"

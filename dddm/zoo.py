@@ -45,6 +45,8 @@ def portable(config: TrainConfig) -> dict:
     "The fields of `config` that say what a model is, as JSON has them: nothing of the machine, and no path."
     fields = {k: v for k, v in config.to_dict().items() if k not in MACHINE}
     fields["store_path"] = None
+    if weights := fields["distance_options"].get("weights"):
+        fields["distance_options"] = fields["distance_options"] | dict(weights=Path(weights).name)
     if config.data not in ("digits", *KNOWN):
         fields["data"] = f"folder {Path(config.data.removeprefix('folder ')).name}"  # no built-in's name
     return fields

@@ -351,3 +351,20 @@ def test_without_what_windows_lacks(tmp_path):
         [sys.executable, "-c", WINDOWS, str(root)], capture_output=True, text=True, check=True
     ).stdout
     assert out.strip() == "10"
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(tmp_path, monkeypatch):
+    "Permissions, or a disk that answers late: the file is as it was, so its time tells nothing."
+    root = make_folder(tmp_path / "set")
+
+    def hurt(path, *mode):
+        if Path(path).name == "003.png":
+            raise PermissionError(13, "no")
+        return open(path, *mode)
+
+    with monkeypatch.context() as within:
+        within.setattr(layouts_module, "open", hurt, raising=False)
+        assert len(load(root, on_error="skip")) == 8
+        with pytest.raises(ValueError, match="003.png cannot be read .PermissionError"):
+            load(root)
+    assert len(load(root, on_error="skip")) == len(load(root)) == 10

@@ -1,5 +1,6 @@
 "Images and `load`: options, shapes, bad images, what is said of them."
 
+import shutil
 import urllib.error
 import warnings
 
@@ -241,6 +242,23 @@ def test_a_download_is_found_again(monkeypatch, name):
     first = load(name, download=True)
     monkeypatch.setattr(torchvision.datasets, DOWNLOADS[name], None)
     assert load(name).fingerprint == first.fingerprint
+
+
+def test_a_download_that_was_cut_short_is_fetched_again(monkeypatch, pixel_cache):
+    import torchvision.datasets
+
+    root = pixel_cache / "torchvision"
+    make_cifar(root)
+    (root / "cifar-10-batches-py" / "data_batch_1").unlink()
+    with pytest.raises(ValueError, match=r": data_batch_1 missing"):
+        load("cifar10")
+
+    def fetched(root, train, download):
+        shutil.rmtree(root)
+        make_cifar(root)
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fetched)
+    assert len(load("cifar10", download=True)) == 20
 
 
 @pytest.mark.parametrize("name", ["digits", "imagenet64", "elsewhere"])

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 from synthetic_sets import encoded, picture, png16
 
-from dddm.decoding import decode_image
+from dddm import decoding as decoding_module
+from dddm.decoding import decode_files, decode_image
 
 
 def test_file_kinds():
@@ -239,3 +240,27 @@ def test_an_unreadable_orientation_leaves_the_picture_as_it_lies(block):
     assert np.array_equal(
         decode_image(encoded(image, "JPEG", exif=b"Exif\0\0" + block)), decode_image(encoded(image, "JPEG"))
     )
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_transparent_grey_is_white_at_any_depth(bits):
+    "A row of the four lowest samples; tRNS, the transparent one, counts samples as the file has them."
+    chunk = lambda kind, data: (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    row = sum(sample << (8 * 4 - bits * (i + 1)) for i, sample in enumerate(range(4))).to_bytes(4, "big")
+    data = zlib.compress(b"\0" + row[: max(1, bits // 2)])
+    blob = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0))
+    blob += chunk(b"tRNS", struct.pack(">H", 1)) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    step = 255 // (2**bits - 1)
+    assert decode_image(blob).tolist() == [[[0, 255, 2 * step, 3 * step]]]
+
+
+def test_large_images_come_in_small_blocks(monkeypatch):
+    "At most `BLOCK_BYTES` are decoded at a time, whatever the size of the images, and none is lost."
+    monkeypatch.setattr(decoding_module, "BLOCK_BYTES", 3 * 8 * 8 * 5)
+    files = {f"{i}": encoded(picture(i)) for i in range(12)}
+    blocks = list(decode_files(files.__getitem__, list(files), np.arange(12)))
+    assert [len(block.pixels) for block in blocks] == [5, 5, 2]
+    assert np.concatenate([block.labels for block in blocks]).tolist() == list(range(12))
+    assert np.array_equal(blocks[1].pixels[0], decode_image(files["5"]))

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 
 import pytest
@@ -16,6 +17,8 @@ from synthetic_sets import make_mnist
 from torch import nn
 
 from dddm import data, losses
+from dddm.classifiers import RECIPES, LabelledImages, classifier_images, confusion, fit
+from dddm.data import Images
 from dddm.features import FEATURES, FeatureNet, network, read_weights, trunk
 
 NAMES = list(FEATURES)
@@ -359,3 +362,26 @@ def test_the_job_trains_mnist_on_idx_files(root, tmp_path):
 def test_the_job_refuses_before_any_work(root, tmp_path, parameters, message):
     done = job(root, tmp_path, f"{parameters}, out: {tmp_path / 'run'}")
     assert done.returncode == 1 and message in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_of_any_size_from_8_pixels(name):
+    net = network(name)
+    for h, w in ((8, 11), (13, 28), (36, 69)):
+        maps = net.maps(torch.zeros(1, net.shape[0], h, w))
+        assert all(m.isfinite().all() for m in maps) and len(maps) == len(FEATURES[name]["widths"]) + 1
+
+
+def test_a_classifier_of_ones_own(tmp_path):
+    "Another number of classes; too few images, and a name that does not exist, are told."
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8, generator=g)
+    images = Images(pixels, torch.arange(40) % 5, "five", "x", classes=5)
+    data, recipe = LabelledImages(images, torch.arange(40)), replace(RECIPES["digits"], batch=20)
+    net = FeatureNet((1, 8, 8), (8,), classes=5)
+    (record,) = next(fit(net, recipe, data, data, 0, tmp_path / "a.pt"))
+    assert 0 < record["loss"] < 5 and torch.tensor(confusion(net, data)).sum(1).tolist() == [8] * 5
+    with pytest.raises(ValueError, match="batch=20 is larger than the 10 training images"):
+        next(fit(net, recipe, data.few(10, 0), data, 0, tmp_path / "b.pt"))
+    with pytest.raises(ValueError, match="name='cifar10' is no feature network"):
+        classifier_images("cifar10")

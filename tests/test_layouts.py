@@ -435,3 +435,30 @@ def test_drawings_that_pack_well_pass(tmp_path, kind):
     "Ten thousand blank images, which pack to a hundredth of their size and less."
     blank = encoded(Image.new("L", (64, 64)), "PPM")
     assert len(load(written(tmp_path, {f"{i}.pgm": blank for i in range(10_000)}, kind))) == 10_000
+
+
+def test_links_in_a_tar_are_those_of_the_folder(tmp_path):
+    "A link to a file is that file; one that leads elsewhere is an error, as in a folder."
+    make_folder(tmp_path / "set", each=2)
+    (tmp_path / "set" / "cat" / "link.png").symlink_to("../dog/001.png")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(tmp_path / "set", arcname=".")
+    folder, packed = load(tmp_path / "set"), load(tmp_path / "set.tar")
+    assert len(folder) == 5 and packed.fingerprint == folder.fingerprint
+    (tmp_path / "set" / "bird").symlink_to("dog")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(tmp_path / "set", arcname=".")
+    with pytest.raises(ValueError, match="bird is a link to dog, which is no file in the archive"):
+        load(tmp_path / "set.tar")
+
+
+def test_a_name_that_a_zip_has_twice_counts_once(tmp_path):
+    "Appending to a zip keeps the old entry; its reader, like whoever unpacks it, has the new one."
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as z:
+        z.writestr("a/0.png", encoded(picture(0)))
+        z.writestr("b/1.png", encoded(picture(1)))
+    with zipfile.ZipFile(tmp_path / "set.zip", "a") as z, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile's, of the duplicate
+        z.writestr("a/0.png", encoded(picture(2)))
+    found = load(tmp_path / "set.zip")
+    assert len(found) == 2 and found.pixels[0].tolist() == np.asarray(picture(2)).transpose(2, 0, 1).tolist()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import warnings
 
 import pytest
 import torch
@@ -77,3 +78,15 @@ def test_recipes_say_what_they_take(wrong):
 def test_recipes_take_a_configuration():
     made = presets.one_step(presets.preset("digits"))
     assert TrainConfig(**made).objective == "meanflow"
+
+
+@pytest.mark.parametrize("objective", ["paper", "consistency"])
+def test_an_objective_whose_estimate_nobody_reads_is_said(objective):
+    "The networks of MeanFlow's recipes have no layer for it: any number of steps would be one."
+    change = dict(objective=objective, drop_last=False)
+    with pytest.warns(UserWarning, match="no layer that reads one.*net=dict.estimate="):
+        preset("digits-one-step", **change)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preset("digits-one-step", **change, net=dict(estimate=(8,)))
+        preset("digits-one-step", objective="improved_consistency")

@@ -144,8 +144,12 @@ def test_resume_on_other_images(tmp_path, monkeypatch):
     monkeypatch.setattr(
         passes, "load_images", lambda config: dataclasses.replace(real, fingerprint="another")
     )
-    with pytest.raises(ValueError, match="trained on other images"):
-        train(TrainConfig(**{**TINY, "epochs": 2}), run, progress=False)
+    before = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file() and p.name != ".lock"}
+    for back in (0, 1):
+        with pytest.raises(ValueError, match="trained on other images"):
+            train(TrainConfig(**{**TINY, "epochs": 2}), run, progress=False, back=back)
+    after = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file() and p.name != ".lock"}
+    assert after == before  # a start that is refused leaves the run as it was
 
 
 def test_a_run_that_never_took_a_step_gives_way(tmp_path, monkeypatch):

@@ -270,3 +270,28 @@ def test_cuda_gives_the_same_images_and_names_the_bad_step():
     broken = DDDM(Scripted([bad * 0 + 1, bad, bad * 0 + 1]), VPSchedule())
     with pytest.raises(RuntimeError, match="step 2 of 3"):
         list(iterate(broken, torch.zeros(4, 2, device="cuda"), steps=3))
+
+
+class Constant(nn.Module):
+    "A network whose answer is one value, of a flow's velocity as well."
+
+    shape = (1, 4, 4)
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x_t, t, estimate, label):
+        return torch.full_like(x_t, self.value)
+
+    def move(self, x, r, theta, label=None):
+        return torch.full_like(x, self.value)
+
+
+@pytest.mark.parametrize("sampler", ["iterate", "ddim", "renoise", "meanflow"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_overflows_is_no_image(sampler, value):
+    "No clamp makes an infinity a 1, and the step that failed is named."
+    for steps in (1, 3):
+        with pytest.raises(RuntimeError, match=f"output at step 1 of {steps} has non-finite"):
+            sample(DDDM(Constant(value), VPSchedule()), 2, steps, sampler)

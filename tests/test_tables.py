@@ -108,3 +108,27 @@ def test_measured_numbers_share_a_line_with_the_papers_only_where_they_are_of_it
             and lines[0]["measured"] == ""
             and lines[-1]["n"] == f"{r.n:,}"
         )
+
+
+def test_no_line_of_the_paper_and_no_seed_is_lost():
+    "Both tables have DDDM(T=1000), on other data; a second seed has a line of its own."
+    assert len(beside_paper(PAPER, [])) == len(beside_paper(TABLE_1, [])) + len(beside_paper(TABLE_2, []))
+    kind = dict(reference_n=50_000, reference="ab", extractor="inception", weights="6726825d", resize="")
+    seeds = [
+        ("DDDM(T=1000)", 1, Result("FID", v, 50_000, seed=s, **kind), f"seed {s}")
+        for s, v in enumerate((3.1, 3.3))
+    ]
+    for rows, shared in ((TABLE_1, 1), (PAPER, 0)):
+        lines = [line for line in beside_paper(rows, seeds) if line["measured"]]
+        assert [line["measured"] for line in lines] == ["3.1", "3.3"]
+        assert sum(line["paper"] != "" for line in lines) == shared
+
+
+def test_a_line_says_all_numbers_of_samples_and_extractors():
+    kind = dict(reference_n=50_000, reference="ab", resize="")
+    found = dict(
+        FID=Result("FID", 3.1, 50_000, extractor="inception", weights="6726825d", **kind),
+        precision=Result("precision", 0.7, 10_000, extractor="digits", weights="aaaaaaaa", **kind),
+    )
+    (line,) = table({"a": found})
+    assert (line["n"], line["extractor"]) == ("50,000, 10,000", "inception 6726825d, digits aaaaaaaa")

@@ -135,3 +135,9 @@ def test_gif(tmp_path):
         with pytest.raises(ValueError, match=words):
             trajectories.save_trajectory(**(dict(trajectory=t) | wrong))
     assert not (tmp_path / "b.gif").exists()
+
+
+def test_a_short_schedule_ends_the_steps():
+    net = dict(base=16, multipliers=(1,), blocks=1, attention=(), estimate=())
+    short = config.TrainConfig(objective="regression", T=50, net=net)
+    assert trajectories.Trajectory(config.build(short).eval(), 2).steps[-1] == 50

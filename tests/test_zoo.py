@@ -20,7 +20,7 @@ from dddm import config, presets, runs, training, zoo
 from dddm.explore import StepExplorer
 from dddm.sampling import sample
 from dddm.store import without_checksum
-from dddm.zoo import SHIPPED, Pretrained
+from dddm.zoo import SHIPPED, Pretrained, portable
 
 FILES = {"config.json", "model.safetensors", "README.md"}
 
@@ -183,6 +183,7 @@ def test_export_keeps_no_path(tmp_path):
     for i in range(8):
         Image.new("L", (8, 8), 30 * i).save(images / "a" / f"{i}.png")
     store = tmp_path / "private" / "store.bin"
+    weights = str(tmp_path / "private" / "vgg16.pth")
     fields = dict(data=str(images), store_path=str(store), batch=8)
     run = training.train(small_config(**fields), tmp_path / "run", progress=False)
     Pretrained.from_pretrained(run).save_pretrained(tmp_path / "model", command="a test")
@@ -193,6 +194,8 @@ def test_export_keeps_no_path(tmp_path):
     assert model.shape == (1, 8, 8) and model.config.data != "digits"
     model.save_pretrained(tmp_path / "again")
     assert content(tmp_path / "again") == content(tmp_path / "model")
+    options = dict(distance="lpips", distance_options=dict(net="vgg", resize=32, weights=weights))
+    assert "private" not in str(portable(small_config(**options)))
 
 
 @pytest.mark.parametrize("objective", ["paper", "regression", "improved_consistency"])
