@@ -596,6 +596,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'dddm.results.write_rows': ('results.html#write_rows', 'dddm/results.py')},
             'dddm.runs': { 'dddm.runs.Line': ('runs.html#line', 'dddm/runs.py'),
                            'dddm.runs.append_record': ('runs.html#append_record', 'dddm/runs.py'),
+                           'dddm.runs.check_back': ('runs.html#check_back', 'dddm/runs.py'),
                            'dddm.runs.check_directory': ('runs.html#check_directory', 'dddm/runs.py'),
                            'dddm.runs.check_disk': ('runs.html#check_disk', 'dddm/runs.py'),
                            'dddm.runs.check_images': ('runs.html#check_images', 'dddm/runs.py'),

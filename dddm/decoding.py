@@ -222,8 +222,10 @@ def decode_files(
         largest = max((image.nbytes for image in decoded if not isinstance(image, str)), default=1)
         return max(1, min(at_once, BLOCK_BYTES // largest))
 
-    first = next((image for image in map(try_decode, names[:16]) if not isinstance(image, str)), "")
-    start, step = 0, 1 if expected else fitting([first])  # a wrong `expected` costs one image
+    start, step = 0, 1  # a wrong `expected` costs one image
+    if expected is None:
+        first = next((image for image in map(try_decode, names[:16]) if not isinstance(image, str)), "")
+        step = fitting([first])
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # beyond 8, Python's own lock is the limit
         while start < len(names):
             end = min(start + step, len(names))

@@ -92,7 +92,7 @@ def seal_checkpoint(temporary: Path, keep: int = 2) -> Path:
 def last_checkpoint_text(out: Path) -> str:
     "Which checkpoint a failed run can go on from, in words."
     good = next((c for c in reversed(checkpoints(out / "checkpoints")) if damage(c) is None), None)
-    return f"the last good checkpoint is {good}" if good else "no good checkpoint had been saved before"
+    return f"the last good checkpoint is {good}" if good else "no checkpoint had been saved before"
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-009
 def is_manifest(found) -> bool:
@@ -339,13 +339,18 @@ def run_identity(out: Path) -> str:
     return (out / ".id").read_text(errors="replace")
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-019
+def check_back(back) -> None:
+    "`ValueError` unless `back` can be a number of checkpoints."
+    if type(back) is not int or back < 0:
+        raise ValueError(f"back={back!r}: must be a whole number of checkpoints, 0 or more")
+
+
 def drop_checkpoints(out: Path, back: int) -> None:
     """Drop the newest `back` checkpoints of a run; `ValueError` where no good one would be left.
 
     They are renamed, and removed when the next one is saved.
     """
-    if type(back) is not int or back < 0:
-        raise ValueError(f"back={back!r}: must be a whole number of checkpoints, 0 or more")
+    check_back(back)
     found = checkpoints(out / "checkpoints")
     if back and not any(damage(checkpoint) is None for checkpoint in found[:-back]):
         raise ValueError(f"back={back}: {out} has {len(found)} checkpoint(s), and no good one further back")
@@ -402,6 +407,7 @@ def open_directory(
     if hold is not None:  # what writers that were killed had begun: nobody else writes here now
         for begun in [*out.glob(".*.part*"), *(out / "samples").glob(".*.part*")]:
             begun.unlink()
+    check_back(back)
     if fingerprint is not None:
         check_images(checkpoints(out / "checkpoints")[: -back or None], fingerprint)
     drop_checkpoints(out, back)
