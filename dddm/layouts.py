@@ -203,6 +203,23 @@ class StrictTarInfo(tarfile.TarInfo):
         except tarfile.HeaderError as e:
             raise tarfile.ReadError(str(e)) from None
 
+# %% ../nbs/07a_layouts.ipynb #07a-layouts-012-part2
+def follow_links(places: dict, links: dict) -> list[BadFile]:
+    """Add links to files to `places`; a `BadFile` for each other one that an image or a class may lie behind.
+
+    links: name -> target, as names in the archive.
+    """
+    lost = []
+    for name, there in links.items():
+        for _ in range(40):  # a link to a link, as many as Linux follows
+            there = links.get(there, there)
+        short = name.split("/")[-1].lower()
+        if there in places:
+            places[name] = places[there]
+        elif short.endswith(SUFFIXES) or short == LABEL_TABLE or "." not in short:
+            lost.append(BadFile(name, f"is a link to {there}, which is no file in the archive"))
+    return lost
+
 
 def list_tar(path: Path) -> Files:
     """The images in a tar archive, compressed or not.
@@ -232,12 +249,7 @@ def list_tar(path: Path) -> Files:
             f"{path} is not a readable tar archive ({reason}); it may have been cut short: "
             "copy or download it again"
         ) from None
-    places |= {name: places[there] for name, there in links.items() if there in places}
-    lost = [
-        BadFile(name, f"is a link to {there}, which is no file in the archive")
-        for name, there in links.items()
-        if there not in places
-    ]
+    lost = follow_links(places, links)
     images, others = split_by_suffix(places)
     return Files(images, folders, TarReader(path, places), file_stamp(path), others, lost)
 

@@ -178,7 +178,7 @@ def warn_of_half_a_recipe(name: str, overrides: dict) -> None:
             "dddm.presets.one_step(fields); or give distance_options to say that you mean it"
         )
 
-
+# %% ../nbs/11_presets.ipynb #11-presets-019-part0
 def warn_of_a_blind_network(config: TrainConfig, overrides: dict) -> None:
     "Warn where `overrides` give a recipe of MeanFlow an objective that feeds the network an estimate."
     fed = estimate_of(config.objective, config.estimate) != "none"

@@ -91,8 +91,11 @@ def seal_checkpoint(temporary: Path, keep: int = 2) -> Path:
 
 def last_checkpoint_text(out: Path) -> str:
     "Which checkpoint a failed run can go on from, in words."
-    good = next((c for c in reversed(checkpoints(out / "checkpoints")) if damage(c) is None), None)
-    return f"the last good checkpoint is {good}" if good else "no checkpoint had been saved before"
+    found = checkpoints(out / "checkpoints")
+    if not found:
+        return "no checkpoint had been saved before"
+    good = next((c for c in reversed(found) if damage(c) is None), None)
+    return f"the last good checkpoint is {good}" if good else f"all checkpoints of {out} are damaged"
 
 # %% ../nbs/09a_runs.ipynb #09a-runs-009
 def is_manifest(found) -> bool:
@@ -358,7 +361,7 @@ def drop_checkpoints(out: Path, back: int) -> None:
         shutil.rmtree(dropped := checkpoint.with_name(f".{checkpoint.name}"), ignore_errors=True)
         checkpoint.rename(dropped)
 
-
+# %% ../nbs/09a_runs.ipynb #09a-runs-019-part0
 def refuse_other_images(checkpoint: Path, there: str, here: str) -> None:
     "`ValueError` where the images of a checkpoint have another fingerprint than these."
     if there != here:
@@ -368,7 +371,7 @@ def refuse_other_images(checkpoint: Path, there: str, here: str) -> None:
         )
 
 
-def check_images(found: list[Path], fingerprint: str) -> None:
+def check_same_images(found: list[Path], fingerprint: str) -> None:
     "`ValueError` where the newest of these checkpoints that can be read was trained on other images."
     for checkpoint in reversed(found):
         try:
@@ -409,7 +412,7 @@ def open_directory(
             begun.unlink()
     check_back(back)
     if fingerprint is not None:
-        check_images(checkpoints(out / "checkpoints")[: -back or None], fingerprint)
+        check_same_images(checkpoints(out / "checkpoints")[: -back or None], fingerprint)
     drop_checkpoints(out, back)
     claim_directory(config, out, resume)
 

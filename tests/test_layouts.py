@@ -445,6 +445,11 @@ def test_links_in_a_tar_are_those_of_the_folder(tmp_path):
         tar.add(tmp_path / "set", arcname=".")
     folder, packed = load(tmp_path / "set"), load(tmp_path / "set.tar")
     assert len(folder) == 5 and packed.fingerprint == folder.fingerprint
+    (tmp_path / "set" / "cat" / "twice.png").symlink_to("link.png")  # to a link
+    (tmp_path / "set" / "README.md").symlink_to("../elsewhere.md")  # no image can lie behind it
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(tmp_path / "set", arcname=".")
+    assert load(tmp_path / "set.tar").fingerprint == load(tmp_path / "set").fingerprint
     (tmp_path / "set" / "bird").symlink_to("dog")
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         tar.add(tmp_path / "set", arcname=".")

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -270,3 +272,33 @@ def test_what_a_killed_writer_had_begun_is_swept(tmp_path):
         path.write_text("half a li")
     train(TrainConfig(**{**TINY, "epochs": 2}), run, progress=False)
     assert not any(path.exists() for path in begun)
+
+
+def test_the_last_good_checkpoint_is_whole(tmp_path):
+    run = train(TrainConfig(**TINY), tmp_path / "run", progress=False)
+    before, last = checkpoints(run / "checkpoints")
+    (last / "state.pt").write_bytes(b"")
+    assert str(before) in runs.last_checkpoint_text(run)
+    (before / "state.pt").write_bytes(b"")
+    assert "are damaged" in runs.last_checkpoint_text(run)
+
+
+def test_a_folder_of_data_txt_alone_is_nobodys_run(tmp_path):
+    (tmp_path / "data.txt").write_text("my own")
+    with pytest.raises(FileExistsError, match="holds no run"):
+        train(TrainConfig(**TINY), tmp_path, progress=False)
+    assert (tmp_path / "data.txt").read_text() == "my own"
+
+
+def test_a_summary_in_a_locale_without_its_characters(tmp_path):
+    "Of 13 classes some are left out, with an ellipsis: data.txt has it, and the terminal an escape."
+    for k in range(13):
+        (tmp_path / "set" / f"class{k}").mkdir(parents=True)
+        Image.new("L", (8, 8), 10 * k).save(tmp_path / "set" / f"class{k}" / "0.png")
+    fields = {**TINY, "data": str(tmp_path / "set"), "classes": 13, "batch": 13, "epochs": 1}
+    (tmp_path / "config.json").write_text(json.dumps(TrainConfig(**fields).to_dict()))
+    call = [sys.executable, "-m", "dddm.training", "config.json", "--out", "run"]
+    old = os.environ | dict(PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C", PYTHONIOENCODING="ascii")
+    done = subprocess.run(call, cwd=tmp_path, env=old, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+    assert b"\\u2026" in done.stdout and "\u2026" in (tmp_path / "run" / "data.txt").read_text("utf-8")
