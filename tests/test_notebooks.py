@@ -3,6 +3,7 @@
 One test a notebook, by nbdev's own runner, each in a process of its own.
 """
 
+import ast
 import pathlib
 import subprocess
 import sys
@@ -37,6 +38,15 @@ def test_runs(path):
     assert done.returncode == 0, f"{path.name}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
 
 
+def shows(source: str) -> bool:
+    "Whether a cell prints or shows something at its top level; exported and hidden cells do not count."
+    if source.startswith("#|"):
+        return False
+    calls = [n.value for n in ast.parse(source).body if isinstance(n, ast.Expr)]
+    names = {ast.unparse(call.func) for call in calls if isinstance(call, ast.Call)}
+    return bool(names & {"print", "display", "show_rows", "plt.show", "show", "Markdown"})
+
+
 @pytest.mark.parametrize("path", notebooks())
 def test_as_committed(path):
     "A notebook is small, carries outputs without errors, no widget state, and no path of a machine."
@@ -48,6 +58,8 @@ def test_as_committed(path):
     assert "widgets" not in nb.metadata
     assert not [o for c in code for o in c.outputs if o.output_type == "error"]
     assert not code or any(c.outputs for c in code), f"{path.name} is committed without outputs: run it"
+    silent = [c.id for c in code if shows(c.source) and not c.outputs]
+    assert not silent, f"{path.name} lacks the outputs of {silent}: run it"
     for place in {str(pathlib.Path.home()), str(NBS.parents[1])} - {"/"}:
         assert f"{place}/" not in text, f"{path.name} names {place}"
 
